@@ -1,0 +1,109 @@
+"""A batch: many strided copies from one source's memory into ours, as columns. What a transport is asked to move.
+
+Pure: standard library and NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .geometry import IntArray
+
+#: Outer dimensions a copy can have around its contiguous run.
+LEVELS = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Copy i moves, for every index (a, b, c) below `count[i]`, the `run[i]` bytes at
+    `src[i] + (a, b, c) . src_step[i]` of the source to `dst[i] + (a, b, c) . dst_step[i]` here.
+
+    src, dst: [n] absolute addresses (int64) in the source's and in our address space; run: [n] bytes;
+    count, src_step, dst_step: [n, LEVELS], outermost first, count 1 where unused; steps are bytes, any sign.
+    Destinations of one batch never overlap. A batch owns no memory.
+    """
+
+    src: IntArray
+    dst: IntArray
+    run: IntArray
+    count: IntArray
+    src_step: IntArray
+    dst_step: IntArray
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    @property
+    def nbytes(self) -> int:
+        return int((self.run * self.count.prod(axis=1)).sum())
+
+    @property
+    def operations(self) -> int:
+        """Number of contiguous runs."""
+        return int(self.count.prod(axis=1).sum())
+
+    @classmethod
+    def of_runs(cls, src: IntArray, dst: IntArray, run: IntArray) -> Batch:
+        """Plain contiguous copies; all three [n] int64."""
+        n = len(src)
+        zero = np.zeros((n, LEVELS), np.int64)
+        return cls(src, dst, run, np.ones((n, LEVELS), np.int64), zero, zero)
+
+    def take(self, rows: slice | IntArray) -> Batch:
+        return Batch(self.src[rows], self.dst[rows], self.run[rows], self.count[rows], self.src_step[rows], self.dst_step[rows])
+
+    def runs(self) -> tuple[IntArray, IntArray, IntArray]:
+        """The contiguous runs one by one, in order: (src[m], dst[m], nbytes[m])."""
+        src, dst, run = self.src, self.dst, self.run
+        for level in range(LEVELS):
+            count = self.count[:, level]
+            if (count == 1).all():
+                continue
+            # Rows so far are grouped by copy; expand each copy's rows by this level's count.
+            owner = np.repeat(np.arange(len(self)), self.count[:, :level].prod(axis=1))
+            times = count[owner]
+            index = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
+            src = np.repeat(src, times) + index * np.repeat(self.src_step[owner, level], times)
+            dst = np.repeat(dst, times) + index * np.repeat(self.dst_step[owner, level], times)
+            run = np.repeat(run, times)
+        return src, dst, run
+
+    def split(self, nbytes: int) -> Iterator[Batch]:
+        """Consecutive batches of about `nbytes` each. A single copy larger than that is cut along its outermost
+        counted dimension, or inside its run."""
+        piece = self.cut(nbytes)
+        size = piece.run * piece.count.prod(axis=1)
+        group = (np.cumsum(size) - size) // max(1, nbytes)
+        edges = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
+        for a, b in zip(edges[:-1], edges[1:], strict=True):
+            yield piece.take(slice(int(a), int(b)))
+
+    def cut(self, nbytes: int) -> Batch:
+        """The same bytes with no copy larger than `nbytes`, unless one element of its outermost dimension is."""
+        batch = self
+        for level in range(LEVELS):
+            inner = batch.run * batch.count[:, level + 1 :].prod(axis=1)
+            per = np.maximum(1, nbytes // np.maximum(inner, 1))
+            batch = batch._divide(batch.count[:, level], per, level)
+        return batch._divide(batch.run, np.full(len(batch), max(1, nbytes)), None)
+
+    def _divide(self, total: IntArray, per: IntArray, level: int | None) -> Batch:
+        parts = -(-total // per)
+        if (parts == 1).all():
+            return self
+        owner = np.repeat(np.arange(len(self)), parts)
+        index = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
+        first = index * per[owner]
+        size = np.minimum(per[owner], total[owner] - first)
+        out = self.take(owner)
+        if level is None:
+            return Batch(out.src + first, out.dst + first, size, out.count, out.src_step, out.dst_step)
+        count = out.count.copy()
+        count[:, level] = size
+        return Batch(
+            out.src + first * out.src_step[:, level], out.dst + first * out.dst_step[:, level],
+            out.run, count, out.src_step, out.dst_step,
+        )  # fmt: skip

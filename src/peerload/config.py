@@ -1,0 +1,94 @@
+"""The one configuration, the same everywhere: `--config FILE|JSON`, an engine's loader extra config, or keyword arguments.
+
+This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .errors import ConfigError
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every setting there is. `docs/config.md` is generated from this class."""
+
+    url: str = _setting("127.0.0.1:7070", "coordinator, HOST:PORT")
+    model_name: str = _setting("", "name of the model at the coordinator; empty: the checkpoint directory's name")
+    revision: str = _setting("", "revision of the model; seeds of another revision are never read")
+    source: bool = _setting(True, "may this process become a seed once it holds the weights")
+    transport: str = _setting(
+        "auto", "how bytes move; auto takes the first that both sides offer: local (same host) before nixl",
+        ("auto", "local", "nixl"),
+    )  # fmt: skip
+    registration: str = _setting(
+        "arena", "granularity of registered memory: one region for each tensor, for each allocation, or for all",
+        ("per-tensor", "per-allocation", "arena"),
+    )  # fmt: skip
+    match: str = _setting(
+        "any", "which seeds may feed this process: any layout, or only those of the same TP, PP and EP sizes",
+        ("any", "same-parallelism"),
+    )  # fmt: skip
+    verify: bool = _setting(True, "compare digests of what arrived with what the seeds announced")
+    fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
+    wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
+    deadline_s: float = _setting(600.0, "seconds the whole load may take")
+    staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
+    threads: int = _setting(0, "threads that move and hash bytes; 0: one for each core this process may use")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            wanted = type(setting.default)
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, setting.name, float(value))
+            elif type(value) is not wanted:
+                raise ConfigError(f"{setting.name} is {value!r}, must be of type {wanted.__name__}")
+            if choices and value not in choices:
+                raise ConfigError(f"{setting.name} is {value!r}, must be one of {', '.join(choices)}")
+        for name in ("wait_s", "deadline_s", "staging_bytes", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Config:
+        """Raises ConfigError for a key that doesn't exist, listing those that do."""
+        unknown = sorted(values.keys() - KEYS.keys())
+        if unknown:
+            raise ConfigError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(KEYS)}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, source: str = "", **overrides: Any) -> Config:
+        """From a JSON document or the path of one (default: $PEERLOAD_CONFIG, else the defaults); keyword arguments
+        that are not None win."""
+        text = source if source else os.environ.get("PEERLOAD_CONFIG", "")
+        if text and not text.lstrip().startswith("{"):
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"configuration file {source}: {error.strerror}") from error
+        try:
+            values = json.loads(text) if text else {}
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the configuration is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError("the configuration must be one JSON object")
+        return cls.from_mapping({**values, **{k: v for k, v in overrides.items() if v is not None}})
+
+    def replace(self, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+
+KEYS: Final = {f.name: f for f in dataclasses.fields(Config)}
