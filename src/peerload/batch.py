@@ -5,7 +5,6 @@ Pure: standard library and NumPy only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,39 +70,30 @@ class Batch:
             run = np.repeat(run, times)
         return src, dst, run
 
-    def split(self, nbytes: int) -> Iterator[Batch]:
-        """Consecutive batches of about `nbytes` each. A single copy larger than that is cut along its outermost
-        counted dimension, or inside its run."""
-        piece = self.cut(nbytes)
-        size = piece.run * piece.count.prod(axis=1)
-        group = (np.cumsum(size) - size) // max(1, nbytes)
-        edges = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
-            yield piece.take(slice(int(a), int(b)))
+    def cut(self, nbytes: int | IntArray) -> tuple[Batch, IntArray]:
+        """The same bytes with no copy larger than `nbytes` (one for all, or one for each copy), and for each copy of the
+        result the row it was cut from. Cuts the outermost dimension first and inside a run last."""
+        batch, owner = self, np.arange(len(self))
+        limit = np.maximum(1, np.broadcast_to(np.asarray(nbytes, np.int64), (len(self),)))
+        for level in (*range(LEVELS), None):
+            total = batch.run if level is None else batch.count[:, level]
+            inner = 1 if level is None else np.maximum(1, batch.run * batch.count[:, level + 1 :].prod(axis=1))
+            batch, parent = batch._divide(total, np.maximum(1, limit[owner] // inner), level)
+            owner = owner[parent]
+        return batch, owner
 
-    def cut(self, nbytes: int) -> Batch:
-        """The same bytes with no copy larger than `nbytes`, unless one element of its outermost dimension is."""
-        batch = self
-        for level in range(LEVELS):
-            inner = batch.run * batch.count[:, level + 1 :].prod(axis=1)
-            per = np.maximum(1, nbytes // np.maximum(inner, 1))
-            batch = batch._divide(batch.count[:, level], per, level)
-        return batch._divide(batch.run, np.full(len(batch), max(1, nbytes)), None)
-
-    def _divide(self, total: IntArray, per: IntArray, level: int | None) -> Batch:
+    def _divide(self, total: IntArray, per: IntArray, level: int | None) -> tuple[Batch, IntArray]:
         parts = -(-total // per)
         if (parts == 1).all():
-            return self
+            return self, np.arange(len(self))
         owner = np.repeat(np.arange(len(self)), parts)
         index = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
         first = index * per[owner]
         size = np.minimum(per[owner], total[owner] - first)
         out = self.take(owner)
         if level is None:
-            return Batch(out.src + first, out.dst + first, size, out.count, out.src_step, out.dst_step)
+            return Batch(out.src + first, out.dst + first, size, out.count, out.src_step, out.dst_step), owner
         count = out.count.copy()
         count[:, level] = size
-        return Batch(
-            out.src + first * out.src_step[:, level], out.dst + first * out.dst_step[:, level],
-            out.run, count, out.src_step, out.dst_step,
-        )  # fmt: skip
+        src, dst = out.src + first * out.src_step[:, level], out.dst + first * out.dst_step[:, level]
+        return Batch(src, dst, out.run, count, out.src_step, out.dst_step), owner

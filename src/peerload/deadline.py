@@ -28,7 +28,9 @@ class Deadline:
     def check(self, doing: str) -> None:
         """Raise DeadlineExceeded, naming what was being done, when the time is up."""
         if self.clock() >= self.at_s:
-            raise DeadlineExceeded(f"the deadline passed while {doing}", next_step="raise deadline_s, or look at the peers named above")
+            raise DeadlineExceeded(
+                f"the deadline passed while {doing}", next_step="raise deadline_s, or look at the peers named above"
+            )
 
     def within(self, timeout_s: float) -> Deadline:
         """The earlier of this deadline and `timeout_s` seconds from now."""

@@ -15,13 +15,37 @@
     |-- VerifyError               exit 5   bytes arrived that are not the seed's bytes
     |-- HostError                 exit 1   this host forbids or lacks something
     `-- CoordinatorError          exit 1   the coordinator can't be reached or refuses
+        |-- LeaseUnknown                   it holds no such lease (expired, or it restarted): announce again
+        `-- LeaseSuperseded                a newer generation took this rank's place: stop offering
 
 Every error says in `str(error)` what happened; `next_step`, when there is one, says what to do about it.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+
+class Hole(NamedTuple):
+    """A wanted box that nobody can supply. `box` in global element coordinates, `rank` of the target."""
+
+    tensor: str
+    rank: int
+    box: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} wants {self.tensor}{self.box}: {self.reason}"
+
+
+class Refusal(NamedTuple):
+    """An offer (or a part of one) that was not used, and why."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
 
 
 class PeerloadError(Exception):
@@ -61,6 +85,17 @@ class LayoutError(PeerloadError):
 
 class PlanError(PeerloadError):
     exit_code = 3
+
+    def __init__(
+        self, message: str, *, holes: tuple[Hole, ...] = (), refusals: tuple[Refusal, ...] = (), next_step: str = ""
+    ) -> None:
+        lines = [message]
+        for title, rows in (("hole", holes), ("refused", refusals)):
+            lines += [f"  {title}: {row}" for row in rows[:5]]
+            lines += [f"  ... and {len(rows) - 5} more" for _ in rows[5:6]]
+        super().__init__("\n".join(lines), next_step=next_step)
+        self.holes = holes
+        self.refusals = refusals
 
 
 class SourceError(PeerloadError):
@@ -112,4 +147,12 @@ class HostError(PeerloadError):
 
 
 class CoordinatorError(PeerloadError):
+    pass
+
+
+class LeaseUnknown(CoordinatorError):
+    pass
+
+
+class LeaseSuperseded(CoordinatorError):
     pass

@@ -83,7 +83,8 @@ def pad_left(columns: IntArray, ndim: int, fill: int) -> IntArray:
 
 def volumes(start: IntArray, stop: IntArray) -> IntArray:
     """Number of elements of each row's box, shape [n]."""
-    return np.prod(stop - start, axis=1, dtype=np.int64)
+    product: IntArray = np.prod(stop - start, axis=1, dtype=np.int64)
+    return product
 
 
 def byte_extents(offset: IntArray, shape: IntArray, stride: IntArray, itemsize: IntArray) -> tuple[IntArray, IntArray]:
@@ -108,3 +109,74 @@ def injective(shape: IntArray, stride: IntArray, itemsize: IntArray) -> BoolArra
         good &= ~used | (step[:, axis] >= span)
         span = np.where(used, step[:, axis] * (size[:, axis] - 1) + span, span)
     return good
+
+
+def disjoint_bytes(offset: IntArray, shape: IntArray, stride: IntArray, itemsize: IntArray) -> tuple[int, int] | None:
+    """Two rows that share a byte of one buffer, or None when it is proven that no two do.
+
+    offset[n], shape[n, D], stride[n, D], itemsize[n] in bytes; each row must be `injective` itself. Rows whose extents
+    are apart cost a sort; interleaved ones (row-parallel halves side by side) are compared as boxes of the lattice that
+    their strides span, and byte by byte where no such lattice exists.
+    """
+    low, high = byte_extents(offset, shape, stride, itemsize)
+    order = np.argsort(low, kind="stable")
+    top = np.maximum.accumulate(high[order])
+    tangled = np.flatnonzero(low[order][1:] < top[:-1]) + 1
+    if len(tangled) == 0:
+        return None
+    # Clusters of rows whose extents overlap: a new one begins wherever a row starts past everything before it.
+    begins = np.concatenate([[True], low[order][1:] >= top[:-1]])
+    cluster = np.cumsum(begins) - 1
+    for which in np.unique(cluster[tangled]):
+        rows = order[cluster == which]
+        clash = _clash(offset[rows] - low[rows].min(), shape[rows], stride[rows], itemsize[rows])
+        if clash is not None:
+            return int(rows[clash[0]]), int(rows[clash[1]])
+    return None
+
+
+def _clash(offset: IntArray, shape: IntArray, stride: IntArray, itemsize: IntArray) -> tuple[int, int] | None:
+    shape = np.concatenate([shape, itemsize[:, None]], axis=1)  # the bytes of an element are one more dimension
+    stride = np.concatenate([np.where(shape[:, :-1] > 1, stride, 0), np.ones((len(shape), 1), np.int64)], axis=1)
+    offset = offset + (np.minimum(stride, 0) * (shape - 1)).sum(axis=1)
+    stride = np.abs(stride)
+    steps = np.unique(stride[stride > 0])[::-1]
+    if (steps[:-1] % steps[1:] == 0).all():
+        start = np.stack([offset // s if i == 0 else offset % steps[i - 1] // s for i, s in enumerate(steps)], axis=1)
+        size = np.ones_like(start)
+        for i, s in enumerate(steps):
+            size[:, i] = np.where(stride == s, shape, 1).prod(axis=1)
+        whole = np.concatenate([[np.iinfo(np.int64).max], steps[:-1] // steps[1:]])
+        if (start + size <= whole).all():
+            return first_overlap(np.zeros(len(start), np.int64), start, start + size)
+    seen: dict[int, int] = {}
+    for row in range(len(offset)):
+        at = np.array([offset[row]])
+        for extent, step in zip(shape[row], stride[row], strict=True):
+            at = (at[:, None] + np.arange(extent) * step).ravel()
+        for byte in at.tolist():
+            if seen.setdefault(byte, row) != row:
+                return seen[byte], row
+    return None
+
+
+def first_overlap(group: IntArray, start: IntArray, stop: IntArray) -> tuple[int, int] | None:
+    """Two rows of the same group whose boxes intersect, or None. group[n], start[n, D], stop[n, D].
+
+    Rows are compared with those that follow them along the axis on which the group is cut most finely; tilings along
+    one axis cost a sort."""
+    if len(group) < 2:
+        return None
+    axis = max(range(start.shape[1]), key=lambda a: len(np.unique(start[:, a])))
+    order = np.lexsort((start[:, axis], group))
+    g, a, b = group[order], start[order], stop[order]
+    for ahead in range(1, len(order)):
+        # Sorted by start: a row that its follower starts past is past all later ones too.
+        near = (g[ahead:] == g[:-ahead]) & (a[ahead:, axis] < b[:-ahead, axis])
+        if not near.any():
+            return None
+        hit = near & ((a[ahead:] < b[:-ahead]) & (a[:-ahead] < b[ahead:])).all(axis=1)
+        if hit.any():
+            i = int(np.argmax(hit))
+            return int(order[i]), int(order[i + ahead])
+    return None

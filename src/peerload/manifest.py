@@ -11,6 +11,7 @@ Pure: standard library and NumPy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ManifestError
-from .geometry import Box, IntArray, byte_extents, injective
+from .geometry import BoolArray, Box, IntArray, byte_extents, disjoint_bytes, injective, pad_left
 
 #: Bytes per element, by safetensors dtype name (https://github.com/huggingface/safetensors, `Dtype`).
 ITEMSIZE: Final[Mapping[str, int]] = {
@@ -195,8 +196,8 @@ class Pieces:
             ndim = len(piece.strides)
             if ndim:
                 start[i, -ndim:], stop[i, -ndim:], stride[i, -ndim:] = piece.box.start, piece.box.stop, piece.strides
-        column = lambda name: np.array([getattr(r, name) for r in rows], np.int64)  # noqa: E731
-        return cls(column("tensor"), start, stop, column("buffer"), column("offset"), stride)
+        tensor, buffer, offset = (np.array([r[i] for r in rows], np.int64) for i in (0, 2, 3))
+        return cls(tensor, start, stop, buffer, offset, stride)
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -273,6 +274,58 @@ class Layout:
         p = self.pieces
         return frozen((p.stop - p.start).prod(axis=1) * self.catalog.itemsize[p.tensor])
 
+    @cached_property
+    def written(self) -> IntArray:
+        """Rows of the pieces a loader has to write: all but those of tied names, whose bytes another name writes."""
+        tied = [self.catalog.row[name] for name in self.aliases]
+        return frozen(np.flatnonzero(~np.isin(self.pieces.tensor, tied)))
+
+    def prove_disjoint(self) -> None:
+        """Raise ManifestError unless no byte of any buffer belongs to two written pieces, opaques or constants."""
+        if not self._disjoint:
+            base = np.cumsum(self.buffer_nbytes) - self.buffer_nbytes  # buffers side by side, so that one check serves all
+            rows, p, width = self.written, self.pieces, self.catalog.width
+            spans = [
+                (
+                    base[p.buffer[rows]] + p.offset[rows],
+                    (p.stop - p.start)[rows],
+                    p.stride[rows],
+                    self.catalog.itemsize[p.tensor[rows]],
+                )
+            ]
+            depth = max([width, *(len(c.shape) for c in self.constants)])
+            for o in self.opaques:
+                shape, steps = np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64)
+                spans.append((base[[o.buffer]] + o.offset, shape, steps, np.array([o.nbytes], np.int64)))
+            for c in self.constants:
+                shape, steps = np.array([c.shape], np.int64), np.array([c.strides], np.int64)
+                spans.append((base[[c.buffer]] + c.offset, shape, steps, np.array([len(c.fill)], np.int64)))
+            offset, itemsize = (np.concatenate([s[i] for s in spans]) for i in (0, 3))
+            shape = np.concatenate([pad_left(s[1], depth, 1) for s in spans])
+            stride = np.concatenate([pad_left(s[2], depth, 0) for s in spans])
+            clash = disjoint_bytes(offset, shape, stride, itemsize)
+            if clash is not None:
+                names = [self.describe(int(rows[i])) if i < len(rows) else "a constant or opaque region" for i in clash]
+                raise ManifestError("layout.pieces", f"{names[0]} and {names[1]} share a byte of one buffer")
+            self.__dict__["_disjoint"] = True
+
+    _disjoint = False
+
+    def prove_cover(self) -> None:
+        """Raise ManifestError unless every byte of every buffer is a written piece's, an opaque's or a constant's."""
+        self.prove_disjoint()
+        held = np.bincount(self.pieces.buffer[self.written], self.piece_nbytes[self.written], len(self.buffer_names))
+        for o in self.opaques:
+            held[o.buffer] += o.nbytes
+        for c in self.constants:
+            held[c.buffer] += math.prod(c.shape) * len(c.fill)
+        short = np.flatnonzero(held.astype(np.int64) != self.buffer_nbytes)
+        if len(short):
+            name, missing = self.buffer_names[short[0]], int(self.buffer_nbytes[short[0]] - held[short[0]])
+            raise ManifestError(
+                f"layout.buffers[{name}]", f"{missing} bytes are neither a checkpoint tensor's nor a stated constant"
+            )
+
     def tensor_of(self, piece: int) -> TensorSpec:
         return self.catalog[int(self.pieces.tensor[piece])]
 
@@ -291,7 +344,7 @@ def _check_layout(layout: Layout) -> None:
     if (layout.buffer_nbytes < 0).any():
         raise ManifestError(f"layout.buffers[{int(np.argmax(layout.buffer_nbytes < 0))}].nbytes", "is negative")
 
-    def refuse(bad: npt.NDArray[np.bool_], column: str, problem: str) -> None:
+    def refuse(bad: BoolArray, column: str, problem: str) -> None:
         if bad.any():
             row = int(np.argmax(bad))
             tensor = int(pieces.tensor[row])
@@ -303,9 +356,9 @@ def _check_layout(layout: Layout) -> None:
     if pieces.start.shape[1] != catalog.width:
         raise ManifestError("layout.pieces.start", f"has {pieces.start.shape[1]} dimensions, the catalog {catalog.width}")
     shape = pieces.stop - pieces.start
-    refuse((pieces.start < 0).any(axis=1), "start", "is negative")
-    refuse((shape < 1).any(axis=1), "stop", "does not lie past start")
-    refuse((pieces.stop > catalog.shape[pieces.tensor]).any(axis=1), "stop", "lies outside the tensor")
+    refuse(np.any(pieces.start < 0, axis=1), "start", "is negative")
+    refuse(np.any(shape < 1, axis=1), "stop", "does not lie past start")
+    refuse(np.any(pieces.stop > catalog.shape[pieces.tensor], axis=1), "stop", "lies outside the tensor")
     itemsize = catalog.itemsize[pieces.tensor]
     low, high = byte_extents(pieces.offset, shape, pieces.stride, itemsize)
     refuse((low < 0) | (high > layout.buffer_nbytes[pieces.buffer]), "offset", "reaches outside its buffer")
@@ -382,7 +435,9 @@ class Offer:
 
     def __post_init__(self) -> None:
         if len(self.binding.address) != len(self.layout.buffer_names):
-            raise ManifestError("binding.address", f"has {len(self.binding.address)} rows for {len(self.layout.buffer_names)} buffers")
+            raise ManifestError(
+                "binding.address", f"has {len(self.binding.address)} rows for {len(self.layout.buffer_names)} buffers"
+            )
         digests = self.binding.digests
         if digests is not None and len(digests) != len(self.layout.pieces):
             raise ManifestError("binding.digests", f"has {len(digests)} rows for {len(self.layout.pieces)} pieces")
