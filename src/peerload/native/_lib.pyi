@@ -12,6 +12,10 @@ class _Lib(Protocol):
     def peerload_copy(
         self, n: int, src: Pointer, dst: Pointer, run: Pointer, count: Pointer, src_step: Pointer, dst_step: Pointer
     ) -> None: ...
+    def peerload_digest(
+        self, n: int, dims: int, key: Pointer, shape: Pointer, itemsize: Pointer, tensor: Pointer, start: Pointer,
+        stop: Pointer, address: Pointer, stride: Pointer, out: Pointer,
+    ) -> None: ...
 
 ffi: _FFI
 lib: _Lib

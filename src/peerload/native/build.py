@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cffi
 
-PARTS = ["copy"]
+PARTS = ["copy", "digest"]
 
 root = Path("src/peerload/native")
 headers = [root / f"{part}.h" for part in PARTS]

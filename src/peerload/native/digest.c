@@ -1,0 +1,199 @@
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "digest.h"
+
+typedef unsigned __int128 u128;
+typedef uint32_t __attribute__((aligned(1), may_alias)) word; /* bytes of a tensor, little-endian, at any address */
+
+#define PRIME ((UINT64_C(1) << 61) - 1)
+/* The sums of `multiply` over one segment stay below 2^63: 2^10 words times 2^32 times 2^21. */
+enum { SEGMENT_WORDS = 1024, SEGMENT_BYTES = 4 * SEGMENT_WORDS, LIMB_BITS = 21, MAX_DIMS = 8 };
+/* A tile of a transposed box: rows enough to use a whole cache line of one-byte elements, small enough for the L1 cache. */
+enum { TILE_ROWS = 64, TILE_BYTES = 512 };
+
+/* Three limbs of B, apart so that the compiler can turn `multiply` into 32 x 32 -> 64 bit vector instructions. */
+static uint32_t limb[3][SEGMENT_WORDS] __attribute__((aligned(64)));
+
+/* Finaliser of splitmix64 (https://prng.di.unimi.it/splitmix64.c), then a residue that isn't zero. */
+static uint64_t residue(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+    x ^= x >> 31;
+    return x % (PRIME - 1) + 1;
+}
+
+static const uint64_t STEP = UINT64_C(0x9e3779b97f4a7c15);
+
+__attribute__((constructor)) static void fill_limbs(void)
+{
+    for (uint64_t j = 0; j < SEGMENT_WORDS; j++) {
+        uint64_t b = residue((j + 1) * STEP);
+        for (int i = 0; i < 3; i++)
+            limb[i][j] = (b >> (i * LIMB_BITS)) & ((1u << LIMB_BITS) - 1);
+    }
+}
+
+static uint64_t reduce(u128 x) /* x < 2^122 */
+{
+    uint64_t r = (uint64_t)(x & PRIME) + (uint64_t)(x >> 61);
+    return r >= PRIME ? r - PRIME : r;
+}
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void multiply(const word *w, const uint32_t *b0, const uint32_t *b1, const uint32_t *b2, int64_t n, uint64_t *sum)
+{
+    uint64_t s0 = 0, s1 = 0, s2 = 0;
+    for (int64_t i = 0; i < n; i++) {
+        s0 += (uint64_t)w[i] * b0[i];
+        s1 += (uint64_t)w[i] * b1[i];
+        s2 += (uint64_t)w[i] * b2[i];
+    }
+    sum[0] += s0;
+    sum[1] += s1;
+    sum[2] += s2;
+}
+
+/* A word of which only n < 4 bytes, from byte `skip` of it, belong to the box. */
+static void multiply_part(const uint8_t *at, int64_t j, int64_t skip, int64_t n, uint64_t *sum)
+{
+    uint64_t w = 0;
+    for (int64_t i = 0; i < n; i++)
+        w |= (uint64_t)at[i] << (8 * (skip + i));
+    for (int i = 0; i < 3; i++)
+        sum[i] += w * limb[i][j];
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Digest of n > 0 bytes at `at` that are bytes [byte, byte + n) of the tensor. */
+static uint64_t run(const uint8_t *at, int64_t byte, int64_t n, uint64_t key)
+{
+    u128 digest = 0;
+    while (n > 0) {
+        int64_t segment = byte / SEGMENT_BYTES, within = byte % SEGMENT_BYTES, j = within / 4, skip = within % 4;
+        int64_t left = least(n, SEGMENT_BYTES - within);
+        uint64_t sum[3] = {0, 0, 0};
+        byte += left;
+        n -= left;
+        if (skip) {
+            int64_t part = least(left, 4 - skip);
+            multiply_part(at, j++, skip, part, sum);
+            at += part;
+            left -= part;
+        }
+        multiply((const word *)at, &limb[0][j], &limb[1][j], &limb[2][j], left / 4, sum);
+        at += left & ~INT64_C(3);
+        if (left % 4)
+            multiply_part(at, j + left / 4, 0, left % 4, sum);
+        at += left % 4;
+        uint64_t row = reduce(sum[0] + ((u128)sum[1] << LIMB_BITS) + ((u128)sum[2] << (2 * LIMB_BITS)));
+        digest += reduce((u128)row * residue(key + (uint64_t)segment * STEP));
+    }
+    return reduce(digest);
+}
+
+/* One dimension of a box: extent, and distances of neighbours in the tensor and in memory, bytes. */
+struct axis {
+    int64_t extent, global, memory;
+};
+
+static void gather(uint8_t *to, const uint8_t *from, int64_t n, int64_t step, int64_t itemsize)
+{
+    for (int64_t i = 0; i < n; i++, to += itemsize, from += step)
+        switch (itemsize) {
+        case 1: *to = *from; break;
+        case 2: memcpy(to, from, 2); break;
+        case 4: memcpy(to, from, 4); break;
+        default: memcpy(to, from, 8);
+        }
+}
+
+/* Digest of a plane whose columns neighbour each other in the tensor but not in memory. */
+static uint64_t plane(const uint8_t *at, int64_t byte, struct axis row, struct axis column, int64_t itemsize, uint64_t key)
+{
+    uint8_t tile[TILE_ROWS][TILE_BYTES];
+    u128 digest = 0;
+    for (int64_t c = 0, columns; c < column.extent; c += columns) {
+        columns = least(column.extent - c, TILE_BYTES / itemsize);
+        for (int64_t r = 0, rows; r < row.extent; r += rows) {
+            rows = least(row.extent - r, TILE_ROWS);
+            const uint8_t *corner = at + r * row.memory + c * column.memory;
+            if (row.memory == itemsize) /* transposed: read along memory, write across the tile */
+                for (int64_t i = 0; i < columns; i++)
+                    for (int64_t k = 0; k < rows; k++)
+                        gather(&tile[k][i * itemsize], corner + i * column.memory + k * itemsize, 1, 0, itemsize);
+            else
+                for (int64_t k = 0; k < rows; k++)
+                    gather(tile[k], corner + k * row.memory, columns, column.memory, itemsize);
+            for (int64_t k = 0; k < rows; k++)
+                digest += run(tile[k], byte + (r + k) * row.global + c * itemsize, columns * itemsize, key);
+        }
+    }
+    return reduce(digest);
+}
+
+static uint64_t box(const int64_t *shape, const int64_t *start, const int64_t *stop, const int64_t *stride, int64_t dims,
+                    const uint8_t *at, int64_t itemsize, uint64_t key)
+{
+    struct axis axes[MAX_DIMS]; /* innermost first; extents of one and dimensions that continue each other vanish */
+    int n = 0;
+    int64_t byte = 0, global = itemsize;
+    for (int64_t d = dims - 1; d >= 0; global *= shape[d--]) {
+        struct axis next = {stop[d] - start[d], global, stride[d]};
+        byte += start[d] * global;
+        if (next.extent == 1)
+            continue;
+        struct axis *last = n ? &axes[n - 1] : NULL;
+        if (last && next.global == last->extent * last->global && next.memory == last->extent * last->memory)
+            last->extent *= next.extent;
+        else
+            axes[n++] = next;
+    }
+
+    /* Take out of the odometer what one call of `run` or `plane` covers. */
+    struct axis column = {1, itemsize, itemsize}, row = {1, 0, 0};
+    if (n && axes[0].global == itemsize) {
+        column = axes[0];
+        memmove(axes, axes + 1, (size_t)--n * sizeof *axes);
+    }
+    int scattered = column.memory != itemsize;
+    if (scattered && n) {
+        int best = 0;
+        for (int d = 1; d < n; d++)
+            if (llabs(axes[d].memory) < llabs(axes[best].memory))
+                best = d;
+        row = axes[best];
+        memmove(axes + best, axes + best + 1, (size_t)(--n - best) * sizeof *axes);
+    }
+
+    u128 digest = 0;
+    int64_t index[MAX_DIMS] = {0};
+    int d;
+    do {
+        digest += scattered ? plane(at, byte, row, column, itemsize, key) : run(at, byte, column.extent * itemsize, key);
+        for (d = 0; d < n; d++) {
+            at += axes[d].memory;
+            byte += axes[d].global;
+            if (++index[d] < axes[d].extent)
+                break;
+            at -= axes[d].memory * axes[d].extent;
+            byte -= axes[d].global * axes[d].extent;
+            index[d] = 0;
+        }
+    } while (d < n);
+    return reduce(digest);
+}
+
+void peerload_digest(int64_t n, int64_t dims, const uint64_t *key, const int64_t *shape, const int64_t *itemsize,
+                     const int64_t *tensor, const int64_t *start, const int64_t *stop,
+                     const int64_t *address, const int64_t *stride, uint64_t *out)
+{
+    for (int64_t i = 0; i < n; i++, start += dims, stop += dims, stride += dims)
+        out[i] = box(shape + tensor[i] * dims, start, stop, stride, dims, (const uint8_t *)(intptr_t)address[i],
+                     itemsize[tensor[i]], key[tensor[i]]);
+}
