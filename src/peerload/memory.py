@@ -1,0 +1,219 @@
+"""Memory of ours: arenas that peers can map, what to register of it, copies and fills within it.
+
+torch is imported only by the functions that take or give tensors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .batch import Batch
+from .errors import ConfigError, HostError
+from .geometry import IntArray
+from .manifest import Constant
+from .native._lib import ffi, lib
+from .native.columns import Columns
+from .transport.base import Region
+
+if TYPE_CHECKING:
+    import torch
+
+#: Allocations of an arena begin after one page, which holds the fence.
+HEADER_NBYTES: Final = mmap.PAGESIZE
+#: Address space added to every arena for the gaps that alignment leaves.
+SLACK_NBYTES: Final = 1 << 16
+
+
+class Arena:
+    """At least `nbytes` of anonymous shared memory (a memfd), handed out front to back and never taken back.
+
+    Pages cost memory only once touched, so an arena may be made too large. Peers on this host read it by mapping the
+    descriptor of `region()`. It isn't safe to allocate from several threads at once.
+
+    Ownership: the memory lives until `close()` *and* until the last tensor, array or memoryview over it is gone. Plain
+    addresses don't keep it alive. After `close()` nothing can be allocated, and the descriptor is gone.
+    Raises HostError when the kernel has no address space or descriptor left."""
+
+    def __init__(self, nbytes: int, name: str = "peerload") -> None:
+        if nbytes < 1:
+            raise ValueError(f"an arena of {nbytes} bytes")
+        self._capacity = _up(HEADER_NBYTES + nbytes + SLACK_NBYTES, mmap.PAGESIZE)
+        self._used = HEADER_NBYTES
+        try:
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(self._fd, self._capacity)
+                self._map = mmap.mmap(self._fd, self._capacity)
+            except BaseException:
+                os.close(self._fd)
+                raise
+        except OSError as error:
+            raise HostError(f"no shared memory of {nbytes} bytes: {error.strerror}") from error
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.address: Final = int(self._bytes.ctypes.data)
+        self._closed = False
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def used_nbytes(self) -> int:
+        """From the start to the end of the last allocation."""
+        return self._used
+
+    @property
+    def fence_address(self) -> int:
+        """16 bytes at the start, zero at first."""
+        return self.address
+
+    def allocate(self, nbytes: int, align: int = 64) -> int:
+        """Address of `nbytes` of zeroed memory, aligned to `align` (a power of two up to the page size)."""
+        if nbytes < 0 or align < 1 or align & (align - 1) or align > mmap.PAGESIZE:
+            raise ValueError(f"{nbytes} bytes aligned to {align}")
+        begin = _up(self._used, align)
+        if self._closed or begin + nbytes > self._capacity:
+            left = 0 if self._closed else self._capacity - begin
+            raise HostError(f"the arena has {left} bytes left, {nbytes} are wanted", next_step="make the arena larger")
+        self._used = begin + nbytes
+        return self.address + begin
+
+    def shrink(self) -> None:
+        """Give back what was never allocated; nothing can be allocated afterwards. Raises HostError once sealed."""
+        self._capacity = _up(self._used, mmap.PAGESIZE)
+        try:
+            os.ftruncate(self._fd, self._capacity)
+        except OSError as error:
+            raise HostError(f"the arena can't shrink: {error.strerror}", next_step="shrink it before it is registered") from error
+
+    def seal(self) -> None:
+        """Fix the size for ever, which peers insist on: a mapping that shrinks under its reader would kill the reader."""
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+    def region(self) -> Region:
+        """All that is allocated so far, fence included, as one region backed by our descriptor."""
+        return Region(self.address, self._used, fd=self._fd)
+
+    def contains(self, address: int, nbytes: int) -> bool:
+        return self.address <= address and address + nbytes <= self.address + self._used
+
+    def view(self, address: int, nbytes: int) -> memoryview:
+        """Writable bytes of an allocation; keeps the arena's memory alive."""
+        begin = self._offset(address, nbytes)
+        return self._bytes[begin : begin + nbytes].data
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        return self.view(address, nbytes).tobytes()
+
+    def write(self, address: int, data: bytes) -> None:
+        self.view(address, len(data))[:] = data
+
+    def tensor(self, address: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A dense CPU tensor over allocated memory; keeps the arena's memory alive."""
+        import torch
+
+        count = math.prod(shape)
+        begin = self._offset(address, count * dtype.itemsize)
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(tuple(shape))
+
+    def close(self) -> None:
+        """Let go of the memory (see above) and close the descriptor. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
+            self._fd = -1
+            del self._map, self._bytes
+
+    def _offset(self, address: int, nbytes: int) -> int:
+        if self._closed or not self.contains(address, nbytes):
+            raise ValueError(f"{nbytes} bytes at {address:#x} are not allocated in this arena")
+        return address - self.address
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """`nbytes` from `address`, and the allocation (a whole block of its allocator) that they lie in."""
+
+    address: int
+    nbytes: int
+    allocation: Region
+
+    def __post_init__(self) -> None:
+        block = self.allocation
+        if self.nbytes < 0 or self.address < block.address or self.address + self.nbytes > block.address + block.nbytes:
+            raise ValueError(f"{self.nbytes} bytes at {self.address:#x} lie outside {block}")
+
+
+def placed(tensor: torch.Tensor, arenas: Sequence[Arena] = ()) -> Placed:
+    """Where a CPU tensor's elements lie: from its lowest byte to its highest, strides included. Its allocation is the
+    arena it was made in, or else its storage. Owns nothing: keep the tensor."""
+    if tensor.device.type != "cpu":
+        raise HostError(f"a tensor on {tensor.device} can't be registered yet", next_step="move it to the CPU")
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
+    address, nbytes = tensor.data_ptr(), reach * tensor.element_size()
+    for arena in arenas:
+        if arena.contains(address, nbytes):
+            return Placed(address, nbytes, arena.region())
+    storage = tensor.untyped_storage()
+    return Placed(address, nbytes, Region(storage.data_ptr(), storage.nbytes()))
+
+
+def regions_for(buffers: Sequence[Placed], registration: str) -> list[Region]:
+    """What to register so that all `buffers` are readable, in order of address.
+
+    per-tensor: each buffer's own bytes; buffers that overlap (tied tensors, views) share one region.
+    per-allocation: each whole block once. arena: the one block that holds them all; ConfigError if they lie in several.
+    Regions of different allocations are never merged, however close they lie."""
+    blocks = {(b.allocation.device, b.allocation.address): b.allocation for b in buffers}
+    if registration == "arena" and len(blocks) > 1:
+        raise ConfigError(
+            f"registration is 'arena', but the buffers lie in {len(blocks)} allocations",
+            next_step="allocate them in one peerload.memory.Arena, or set registration to per-allocation",
+        )
+    if registration in ("per-allocation", "arena"):
+        return [blocks[key] for key in sorted(blocks)]
+    if registration != "per-tensor":
+        raise ConfigError(f"registration is {registration!r}, must be one of per-tensor, per-allocation, arena")
+    regions: list[Region] = []
+    for b in sorted(buffers, key=lambda b: (b.allocation.device, b.allocation.address, b.address)):
+        block, last = b.allocation, regions[-1] if regions else None
+        if b.nbytes == 0:
+            continue
+        if last is not None and last.device == block.device and b.address < last.address + last.nbytes:
+            end = max(last.address + last.nbytes, b.address + b.nbytes)
+            regions[-1] = replace(last, nbytes=end - last.address)
+            continue
+        offset = block.fd_offset + b.address - block.address if block.fd >= 0 else 0
+        regions.append(Region(b.address, b.nbytes, block.device, block.fd, offset))
+    return regions
+
+
+def copy(batch: Batch) -> None:
+    """Carry out a batch whose sources are addresses of our own. The caller vouches for both sides."""
+    Columns(batch).copy(0, len(batch))
+
+
+def fill(constant: Constant, address: IntArray) -> None:
+    """Write a constant of a layout whose buffers begin at `address` [buffers]. The caller vouches for the addresses."""
+    shape, strides = np.array(constant.shape, np.int64), np.array(constant.strides, np.int64)
+    lib.peerload_fill(
+        int(address[constant.buffer]) + constant.offset, len(shape),
+        ffi.from_buffer("int64_t[]", shape), ffi.from_buffer("int64_t[]", strides), constant.fill, len(constant.fill),
+    )  # fmt: skip
+
+
+def _up(value: int, align: int) -> int:
+    return -(-value // align) * align
