@@ -197,13 +197,25 @@ def layout(model: Model, parallel: Parallel = SINGLE, rank: int = 0) -> Layout:
             names += [prefix + name for name in sheet.names]
             nbytes += sheet.nbytes
             constants += [Constant(c.buffer + first, c.offset, c.shape, c.strides, c.fill) for c in sheet.constants]
-    tensor, start, stop, buffer, offset, stride = (
-        np.concatenate([getattr(block, column) for block in blocks]) for column in Pieces.__slots__
-    )
     return Layout(
-        book, tuple(names), np.array(nbytes, np.int64), Pieces(tensor, start, stop, buffer, offset, stride), tuple(constants),
+        book, tuple(names), np.array(nbytes, np.int64), _with_tied(model, _concatenated(blocks)), tuple(constants),
         aliases=dict(model.aliases), parallel=parallel, rank=rank,
     )  # fmt: skip
+
+
+def _concatenated(blocks: list[Pieces]) -> Pieces:
+    columns = ("tensor", "start", "stop", "buffer", "offset", "stride")
+    return Pieces(*(np.concatenate([getattr(block, column) for block in blocks]) for column in columns))
+
+
+def _with_tied(model: Model, pieces: Pieces) -> Pieces:
+    """The pieces once more under their tied names."""
+    rows = catalog(model).row
+    for name, other in model.aliases:
+        same = pieces.take(pieces.tensor == rows[other])
+        again = Pieces(np.full(len(same), rows[name]), same.start, same.stop, same.buffer, same.offset, same.stride)
+        pieces = _concatenated([pieces, again])
+    return pieces
 
 
 def layouts(model: Model, parallel: Parallel = SINGLE) -> tuple[Layout, ...]:
@@ -215,7 +227,7 @@ def layouts(model: Model, parallel: Parallel = SINGLE) -> tuple[Layout, ...]:
 def checkpoint(model: Model, files: int = 1) -> Layout:
     """The model as `files` safetensors files: every tensor whole and contiguous, buffers are files' byte ranges.
 
-    Tied names are absent, as checkpoints leave them out.
+    Tied tensors are stored once, as checkpoints do, and found under both names.
     """
     book = catalog(model)
     aliases = dict(model.aliases)
@@ -228,6 +240,6 @@ def checkpoint(model: Model, files: int = 1) -> Layout:
     tail = np.cumprod(np.concatenate([shape[:, 1:], np.ones((len(rows), 1), np.int64)], axis=1)[:, ::-1], axis=1)[:, ::-1]
     stride = tail * itemsize[:, None]
     real = np.arange(book.width)[None, :] >= book.width - np.array([len(book.shapes[i]) for i in rows.tolist()])[:, None]
-    pieces = Pieces(rows, np.zeros_like(shape), shape, file, offset, np.where(real, stride, 0))
+    pieces = _with_tied(model, Pieces(rows, np.zeros_like(shape), shape, file, offset, np.where(real, stride, 0)))
     names = tuple(f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files))
     return Layout(book, names, size, pieces, aliases=aliases)

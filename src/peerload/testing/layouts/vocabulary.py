@@ -38,7 +38,7 @@ class Split(ABC):
 class Whole(Split):
     """Replicated."""
 
-    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:
+    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:  # noqa: ARG002 - one signature for all splits
         return 0, extent
 
 
@@ -80,7 +80,7 @@ class Blocks(Split):
     weight_extent: int = 1
     block: int = 128
 
-    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:
+    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:  # noqa: ARG002 - one signature for all splits
         start, stop = self.weight.range(self.weight_extent, rank, size)
         return (start // self.block, -(-stop // self.block)) if start < stop else (0, 0)
 
@@ -91,7 +91,7 @@ class Padded(Split):
 
     multiple: int = 64
 
-    def allocated(self, extent: int, rank: int, size: int) -> int:
+    def allocated(self, extent: int, rank: int, size: int) -> int:  # noqa: ARG002 - one signature for all splits
         return -(-extent // (self.multiple * size)) * self.multiple
 
     def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:
@@ -103,10 +103,10 @@ class Padded(Split):
 class FirstRank(Split):
     """Held by rank 0 of the group, a zero constant elsewhere (the bias of a row-parallel layer in gpt-oss)."""
 
-    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:
+    def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:  # noqa: ARG002 - one signature for all splits
         return (0, extent) if rank == 0 else (0, 0)
 
-    def allocated(self, extent: int, rank: int, size: int) -> int:
+    def allocated(self, extent: int, rank: int, size: int) -> int:  # noqa: ARG002 - one signature for all splits
         return extent
 
 
@@ -169,8 +169,8 @@ class Stack:
 class Model:
     """What an engine serves. `before` stands on the first pipeline stage, `after` on the last, layers in between.
 
-    aliases: (tied name, name whose bytes it shares). Both are in the catalog. `tied` parameters are those the last stage
-    keeps when it isn't the first, because the tie can't reach across stages.
+    aliases: (tied name, name whose bytes it shares). Both are in the catalog, and pieces of both describe the same bytes.
+    `tied` parameters are those the last stage keeps when it isn't the first, because the tie can't reach across stages.
     """
 
     name: str
