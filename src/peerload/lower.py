@@ -40,13 +40,14 @@ class Step:
 
     wire: what the transport moves. scatter: None when `wire` writes its destinations itself; otherwise `wire.dst` and
     `scatter.src` count from the start of a staging buffer of `staging_nbytes`, and `scatter` moves the wanted part on.
-    copies: rows of the plan that are complete once all steps that name them are done (opaques: -1 - row of plan.opaque).
+    operations: what the transport issues for it. copies: rows of the plan that are complete once all steps that name them are done (opaques: -1 - row of plan.opaque).
     """
 
     offer: int
     wire: Batch
     scatter: Batch | None
     staging_nbytes: int
+    operations: int
     copies: IntArray
 
 
@@ -61,11 +62,15 @@ class Lowered:
     staging_nbytes: int
 
 
-def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int) -> Lowered:
+def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: frozenset[int] | None = None) -> Lowered:
     """Batches for `plan` when the wanting layout's buffers begin at `address[buffer]` here.
 
-    staging_nbytes bounds temporary memory of one step, bytes. Raises PlanError if a single run can't fit it."""
+    staging_nbytes bounds temporary memory of one step, bytes. only: the offers this transport reaches (default: all).
+    Raises PlanError if a single run can't fit the staging memory."""
     copies, offer, owner = _strided(plan, address)
+    if only is not None:
+        mine = np.flatnonzero(np.isin(offer, sorted(only)))
+        copies, offer, owner = copies.take(mine), offer[mine], owner[mine]
     low, high = byte_extents(copies.src, copies.count, copies.src_step, copies.run)
     direct = np.ones(len(copies), np.bool_)
     if not limits.strided:
@@ -81,8 +86,9 @@ def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int) ->
         steps += _direct_steps(which, copies, owner, mine[direct[mine]], limits)
         steps += _staged_steps(which, copies, owner, mine[~direct[mine]], limits, staging_nbytes)
     wire = sum(s.wire.nbytes for s in steps)
-    operations = sum(len(s.wire) if limits.strided else s.wire.operations for s in steps)
-    return Lowered(tuple(steps), plan.nbytes, wire, operations, max((s.staging_nbytes for s in steps), default=0))
+    useful = int((copies.run * copies.count.prod(axis=1)).sum())
+    operations = sum(s.operations for s in steps)
+    return Lowered(tuple(steps), useful, wire, operations, max((s.staging_nbytes for s in steps), default=0))
 
 
 def _strided(plan: Plan, address: IntArray) -> tuple[Batch, IntArray, IntArray]:
@@ -186,7 +192,8 @@ def _direct_steps(offer: int, copies: Batch, owner: IntArray, rows: IntArray, li
     edges = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
     for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         covered = owner[rows[first[parent[a]] : last[parent[b - 1]] + 1]]
-        yield Step(offer, batch.take(slice(a, b)), None, 0, np.unique(covered))
+        part = batch.take(slice(a, b))
+        yield Step(offer, part, None, 0, len(part) if limits.strided else part.operations, np.unique(covered))
 
 
 def _cumulated(size: IntArray) -> IntArray:
@@ -234,7 +241,7 @@ def _staged_steps(
             pulled = Batch.of_runs(low[part], place[part], span[part])
             mine = batch.take(part)
             scatter = Batch(mine.src - low[part] + place[part], mine.dst, mine.run, mine.count, mine.src_step, mine.dst_step)
-            yield Step(offer, pulled, scatter, at, np.unique(owner[rows[parent[part]]]))
+            yield Step(offer, pulled, scatter, at, len(pulled), np.unique(owner[rows[parent[part]]]))
             begin, at = i, 0
         if i < len(batch):
             place[i] = at

@@ -1,0 +1,100 @@
+"""The command line: argument parsing, exit codes and signals. What the commands do is in `commands/`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import FrameType, ModuleType
+
+from .console import Console
+from .errors import ConfigError, PeerloadError
+
+#: Name, one line of help; each has a module in `commands/` with `configure(parser)` and `run(args, console)`.
+COMMANDS = {
+    "demo": "show the main job on this machine: a TP4 instance loads itself out of a running TP2 instance",
+    "coordinator": "run the metadata server that says who holds what",
+    "seed": "serve a checkpoint's weights from memory, without an engine",
+    "pull": "load what each rank of an instance needs out of running seeds, and write it as safetensors",
+    "plan": "explain who would read what from whom, from a model's config alone",
+    "ls": "list models, instances and ranks known to the coordinator",
+    "doctor": "say what this host can do, and what to install for more",
+    "bench": "measure this host: memcpy, transports, digest, planner",
+}
+
+EPILOG = """\
+exit status: 0 done; 2 bad arguments or configuration; 3 no plan possible (the hole or refusal is named);
+4 sources lost and no fallback left; 5 verification failed; 1 anything else.
+"""
+
+
+class _Interrupted(KeyboardInterrupt):
+    """SIGTERM: the same clean way out as Ctrl-C."""
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The whole parser; only the chosen command's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="peerload", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"peerload {version('peerload')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        module = _module(name) if name == chosen else None
+        command = commands.add_parser(
+            name, help=text, description=(module.__doc__ if module else text), epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if module is not None:
+            module.configure(command)
+        command.add_argument("--json", action="store_true", help="print exactly one JSON document on standard output")
+        command.add_argument("--verbose", "-v", action="store_true", help="log what happens, to standard error")
+    return parser
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".commands.{name}", __package__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((w for w in words if not w.startswith("-")), None)
+    args = build_parser(chosen if chosen in COMMANDS else None).parse_args(words)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    console = Console(json=args.json)
+    try:
+        status: int = _module(args.command).run(args, console)
+    except PeerloadError as error:
+        console.fail(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.say("interrupted")
+        return 130
+    except Exception as error:  # noqa: BLE001 - the last line of defence of a process: say it, with the traceback
+        logging.getLogger(__name__).critical("unexpected error", exc_info=True)
+        console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))
+        return 1
+    return status
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def parse_parallel(text: str) -> dict[str, int]:
+    """`tp=4,pp=2` as a mapping. Raises ConfigError."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("tp", "pp", "ep") or not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"{text!r} is no parallel layout", next_step="write it as in tp=4 or tp=8,ep=8")
+        sizes[name] = int(value)
+    return sizes

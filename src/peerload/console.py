@@ -1,0 +1,69 @@
+"""What a person sees: progress on standard error, and at the end either a table or one JSON document on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import PeerloadError, PlanError
+
+
+class Console:
+    """With json=True, standard output carries exactly one JSON document and nothing else."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+        self.out = RichConsole(highlight=False, markup=False, soft_wrap=True)
+        self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line of progress, for people."""
+        self.err.print(text)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A live display on a terminal; nothing where standard error is a file."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as progress:
+            yield progress
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "") -> None:
+        """Numbers to the right, words to the left. Printed only for people."""
+        if self.json:
+            return
+        table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+        for i, column in enumerate(columns):
+            numeric = bool(rows) and not isinstance(rows[0][i], str)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
+        self.out.print(table)
+
+    def text(self, text: str) -> None:
+        """A line of the result, for people."""
+        if not self.json:
+            self.out.print(text)
+
+    def document(self, document: Mapping[str, object]) -> None:
+        """The result, for machines."""
+        if self.json:
+            sys.stdout.write(json.dumps(document) + "\n")
+            sys.stdout.flush()
+
+    def fail(self, error: PeerloadError) -> None:
+        details: dict[str, object] = {"error": type(error).__name__, "message": error.message, "exit_code": error.exit_code}
+        if error.next_step:
+            details["next_step"] = error.next_step
+        if isinstance(error, PlanError):
+            details["holes"] = [h._asdict() for h in error.holes]
+            details["refusals"] = [r._asdict() for r in error.refusals]
+        self.document(details)
+        self.err.print(f"peerload: {type(error).__name__}: {error.message}", style="bold red")
+        if error.next_step:
+            self.err.print(f"  next: {error.next_step}")

@@ -1,0 +1,137 @@
+"""Being a seed: one rank's weights offered to whoever starts next, for as long as the `with` lasts.
+
+    with Seed(model, layout, address, coordinator=..., transports=..., instance="replica-1"):
+        serve()
+
+Entering hashes the weights once, writes the fence and takes a lease; a thread renews the lease, and announces again when
+the coordinator has forgotten it. Leaving clears the fence first, so that nobody reads what is no longer vouched for.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import numpy as np
+import numpy.typing as npt
+
+from .digest import digest_pieces
+from .errors import CoordinatorError, DeadlineExceeded, LeaseSuperseded, LeaseUnknown
+from .geometry import IntArray
+from .manifest import Binding, Endpoint, Layout, ModelKey, Offer, SourceId
+from .memory import Arena
+from .rpc.client import CoordinatorClient, Lease
+from .transfer import FENCE_NBYTES, fence
+from .transport.base import Transport
+
+log = logging.getLogger(__name__)
+
+#: Seconds a lease lasts; a heartbeat comes three times as often, so two may be lost.
+TTL_S = 30.0
+
+
+class Seed:
+    """Offers the buffers of `layout`, at `address` [buffers] in memory already registered with `transports`.
+
+    The caller owns the memory and keeps it, unchanged but for `changing()`, until the seed is closed. `files` are small
+    model files (config.json) for targets that have no copy. digests: False leaves them out; targets then can't verify.
+    """
+
+    def __init__(
+        self,
+        model: ModelKey,
+        layout: Layout,
+        address: IntArray,
+        *,
+        coordinator: CoordinatorClient,
+        transports: Mapping[str, Transport],
+        instance: str,
+        files: Mapping[str, bytes] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        digests: bool = True,
+        threads: int = 0,
+        ttl_s: float = TTL_S,
+    ) -> None:
+        self._model, self._layout, self._address = model, layout, address
+        self._coordinator, self._transports, self._instance = coordinator, transports, instance
+        self._files, self._attributes = dict(files or {}), dict(attributes or {})
+        self._digests, self._threads, self._ttl_s = digests, threads, ttl_s
+        self._stop = Event()
+        self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
+        self._offer: Offer | None = None
+        self._lease: Lease | None = None
+        self._fence = Arena(FENCE_NBYTES, "peerload-fence")
+        self._fence.seal()
+        for transport in transports.values():
+            transport.register([self._fence.region()])
+
+    @property
+    def offer(self) -> Offer:
+        assert self._offer is not None, "the seed has not been entered"
+        return self._offer
+
+    def __enter__(self) -> Seed:
+        self._publish()
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
+        self._stop.set()
+        self._heart.join()
+        if self._lease is not None:
+            try:
+                self._coordinator.withdraw(self._lease)
+            except CoordinatorError as error:  # the lease will run out by itself
+                log.warning("peerload: could not withdraw %s: %s", self.offer.source, error.message)
+        self._fence.close()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the weights in place: the old generation can't be read from the first moment on, the new one is announced
+        after the block."""
+        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
+        yield
+        self._publish()
+
+    def _publish(self) -> None:
+        """Hash what is in memory now, and announce it as a new generation."""
+        generation = uuid.uuid4().hex
+        digests: npt.NDArray[np.uint64] | None = None
+        if self._digests:
+            digests = digest_pieces(self._layout, self._address, threads=self._threads)
+        self._fence.write(self._fence.fence_address, fence(generation))
+        binding = Binding(
+            SourceId(self._instance, self._layout.rank, generation),
+            self._address,
+            tuple(Endpoint(name, transport.describe()) for name, transport in self._transports.items()),
+            digests=digests,
+            fence_address=self._fence.fence_address,
+            attributes=self._attributes,
+        )
+        self._offer = Offer(self._layout, binding)
+        self._lease = self._announce()
+
+    def _announce(self) -> Lease:
+        return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._ttl_s / 3):
+            try:
+                self._renew()
+            except LeaseSuperseded as error:
+                log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)  # noqa: TRY400 - nothing to trace
+                return
+            except (CoordinatorError, DeadlineExceeded) as error:
+                log.warning("peerload: heartbeat of %s failed, trying again: %s", self.offer.source, error.message)
+
+    def _renew(self) -> None:
+        assert self._lease is not None, "the heartbeat runs while the seed is entered"
+        try:
+            self._coordinator.renew(self._lease)
+        except LeaseUnknown:
+            log.info("peerload: the coordinator has forgotten %s; announcing again", self.offer.source)
+            self._lease = self._announce()
