@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]
 
 RPC = Path(__file__).resolve().parent.parent / "src" / "peerload" / "rpc"
 #: The path under which protoc sees the files, so that generated code imports itself from inside the package.
@@ -37,13 +37,13 @@ def main() -> int:
     committed = {p.name: p.read_text(encoding="utf-8") for p in target.glob("*_pb2*.py*")}
     stale = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
     if check:
-        print(f"stale: {', '.join(stale)}" if stale else "up to date")
+        sys.stdout.write(f"stale: {', '.join(stale)}\n" if stale else "up to date\n")
         return 1 if stale else 0
     for name in committed.keys() - fresh.keys():
         (target / name).unlink()
     for name, text in fresh.items():
         (target / name).write_text(text, encoding="utf-8")
-    print(f"wrote {', '.join(stale) or 'nothing: up to date'}")
+    sys.stdout.write(f"wrote {', '.join(stale) or 'nothing: up to date'}\n")
     return 0
 
 

@@ -13,47 +13,49 @@ from ..manifest import Catalog, Layout
 from . import codec
 from .codec import Blob, Kind
 
+#: Gets a blob by digest, or raises.
+Fetch = Callable[[str], Blob]
+
 
 class Blobs:
-    """`fetch` gets a blob by digest, or raises. Keeps all it ever decoded: one per load, or per model. Thread-safe;
-    two threads may fetch the same blob at the same time."""
+    """Keeps all it ever decoded: one per load, or per model. Thread-safe; two threads may fetch the same blob at once."""
 
-    def __init__(self, fetch: Callable[[str], Blob]) -> None:
-        self._fetch = fetch
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._catalogs: dict[str, Catalog] = {}
         self._layouts: dict[str, Layout] = {}
         self._digests: dict[str, npt.NDArray[np.uint64]] = {}
 
-    def catalog(self, digest: str) -> Catalog:
+    def catalog(self, digest: str, fetch: Fetch) -> Catalog:
         known = self._catalogs.get(digest)
         if known is not None:
             return known
-        fresh = codec.decode_catalog(self._data(digest, Kind.CATALOG))
+        fresh = codec.decode_catalog(_data(digest, Kind.CATALOG, fetch))
         with self._lock:
             return self._catalogs.setdefault(digest, fresh)
 
-    def layout(self, digest: str) -> Layout:
+    def layout(self, digest: str, fetch: Fetch) -> Layout:
         known = self._layouts.get(digest)
         if known is not None:
             return known
-        fresh = codec.decode_layout(self._data(digest, Kind.LAYOUT), self.catalog)
+        fresh = codec.decode_layout(_data(digest, Kind.LAYOUT, fetch), lambda catalog: self.catalog(catalog, fetch))
         with self._lock:
             return self._layouts.setdefault(digest, fresh)
 
-    def digests(self, digest: str) -> npt.NDArray[np.uint64]:
+    def digests(self, digest: str, fetch: Fetch) -> npt.NDArray[np.uint64]:
         known = self._digests.get(digest)
         if known is not None:
             return known
-        fresh = codec.decode_digests(self._data(digest, Kind.DIGESTS))
+        fresh = codec.decode_digests(_data(digest, Kind.DIGESTS, fetch))
         with self._lock:
             return self._digests.setdefault(digest, fresh)
 
-    def files(self, digest: str) -> Mapping[str, bytes]:
-        return codec.decode_files(self._data(digest, Kind.FILES))
+    def files(self, digest: str, fetch: Fetch) -> Mapping[str, bytes]:
+        return codec.decode_files(_data(digest, Kind.FILES, fetch))
 
-    def _data(self, digest: str, kind: Kind) -> bytes:
-        blob = self._fetch(digest)
-        if blob.kind is not kind:
-            raise ManifestError(kind.name.lower(), f"blob {digest[:12]} is a {blob.kind.name}")
-        return blob.data
+
+def _data(digest: str, kind: Kind, fetch: Fetch) -> bytes:
+    blob = fetch(digest)
+    if blob.kind is not kind:
+        raise ManifestError(kind.name.lower(), f"blob {digest[:12]} is a {blob.kind.name}")
+    return blob.data

@@ -5,6 +5,8 @@ one waiter too many gets what there is to say at once and asks again, so that no
 more thread lets time pass.
 """
 
+# ruff: noqa: N802, ARG002 - names and arguments of the methods are the service's
+
 from __future__ import annotations
 
 import logging
@@ -182,7 +184,8 @@ class Coordinator:
             port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
             core.close()
-            raise HostError(f"can't listen on {listen}", next_step="is the port taken, the host name one of this machine?") from error
+            next_step = "name a free port and an address of this machine, as HOST:PORT"
+            raise HostError(f"can't listen on {listen}", next_step=next_step) from error
         self.address = f"{listen.rpartition(':')[0]}:{port}"
         self._stopping = threading.Event()
         self._ticking = threading.Thread(target=self._tick, name="coordinator-tick", daemon=True)

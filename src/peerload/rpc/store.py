@@ -116,7 +116,7 @@ class Store:
     # Leases and generations.
 
     def save(self, source: SourceId, ttl_s: float, body: bytes) -> None:
-        """This generation now holds its seat; the others are superseded."""
+        """Let this generation hold its seat; the others are superseded."""
         seat = (source.instance, source.rank)
         with self._transaction() as db:
             db.execute("UPDATE generation SET superseded = 1 WHERE instance = ? AND rank = ?", seat)
