@@ -1,24 +1,19 @@
-"""A slow and dumb judge of plans: memory in which every byte carries the number of the model's byte that lies there.
+"""A slow and dumb judge of plans: what every byte of every buffer must be.
 
 Every byte of every logical tensor gets its own number (arange over the whole model), so a byte that lands in a wrong
 place is seen, whatever its dtype. `shards` cuts the tensors by the *meaning* of a model's splits, index by index;
-`scattered` by a layout's boxes; `carry_out` and `run_steps` do what a plan or its lowering says,
-and check that each run stays inside one buffer and no byte is written twice. Nothing here shares code with `plan` or `lower`,
-nor with the placing of layouts. Meant for models of some ten thousand bytes.
+`scattered` by a layout's boxes. Nothing here shares code with the planner or with the placing of layouts. Meant for
+models of some ten thousand bytes; `machine.py` has the memory that such numbers live in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from peerload.batch import Batch
 from peerload.geometry import Box, IntArray
-from peerload.lower import Lowered
-from peerload.manifest import ITEMSIZE, Binding, Catalog, Layout, Offer, Parallel, SourceId
-from peerload.plan import Plan
+from peerload.manifest import ITEMSIZE, Catalog, Layout, Parallel
 
 from .layouts import Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Whole
 
@@ -129,7 +124,7 @@ def shards(model: Model, tensors: Mapping[str, IntArray], parallel: Parallel, ra
     return {name: numbers for name, numbers in buffers.items() if len(numbers)}
 
 
-def _grid(first: int, counts: Sequence[int], steps: Sequence[int]) -> IntArray:
+def grid(first: int, counts: Sequence[int], steps: Sequence[int]) -> IntArray:
     """Addresses of all indices below `counts`, last index fastest."""
     at = np.array([first])
     for count, step in zip(counts, steps, strict=True):
@@ -137,12 +132,12 @@ def _grid(first: int, counts: Sequence[int], steps: Sequence[int]) -> IntArray:
     return at
 
 
-def _elements(layout: Layout, piece: int, box: Box) -> IntArray:
+def elements_at(layout: Layout, piece: int, box: Box) -> IntArray:
     """Byte offsets, inside the piece's buffer, of the elements of a box."""
     held, p = layout.box_of(piece), layout.pieces
     strides = p.stride[piece, p.stride.shape[1] - len(held.start) :].tolist()
     first = int(p.offset[piece]) + sum((a - b) * s for a, b, s in zip(box.start, held.start, strides, strict=True))
-    return _grid(first, box.shape, strides)
+    return grid(first, box.shape, strides)
 
 
 def scattered(layout: Layout, tensors: Mapping[str, IntArray]) -> dict[str, IntArray]:
@@ -153,153 +148,10 @@ def scattered(layout: Layout, tensors: Mapping[str, IntArray]) -> dict[str, IntA
     for i, buffer in enumerate(layout.pieces.buffer.tolist()):
         spec, box = layout.tensor_of(i), layout.box_of(i)
         elements = tensors[spec.name][box.slices()].reshape(box.volume, -1)
-        buffers[buffer][_elements(layout, i, box)[:, None] + np.arange(elements.shape[1])] = elements
+        buffers[buffer][elements_at(layout, i, box)[:, None] + np.arange(elements.shape[1])] = elements
     for c in layout.constants:
-        buffers[c.buffer][_grid(c.offset, c.shape, c.strides)[:, None] + np.arange(len(c.fill))] = [ZERO - b for b in c.fill]
+        buffers[c.buffer][grid(c.offset, c.shape, c.strides)[:, None] + np.arange(len(c.fill))] = [ZERO - b for b in c.fill]
     for o in layout.opaques:
         first = -(1 << 40) - sum((i + 1) * 4096 * byte for i, byte in enumerate(f"{o.name} {o.tag}".encode()))
         buffers[o.buffer][o.offset : o.offset + o.nbytes] = first - np.arange(o.nbytes)
     return dict(zip(layout.buffer_names, buffers, strict=True))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Memory:
-    """One process: its buffers somewhere in an address space of numbered cells, and how often each cell was written."""
-
-    base: int
-    address: IntArray
-    nbytes: IntArray
-    cells: IntArray
-    writes: IntArray
-
-    @classmethod
-    def allocate(cls, layout: Layout, rng: np.random.Generator) -> Memory:
-        """Buffers in random order with random gaps, some of none, all untouched."""
-        count = len(layout.buffer_names)
-        order, gaps = rng.permutation(count), rng.choice([0, 1, 7, 16], count)
-        address = np.zeros(count, np.int64)
-        base = at = int(rng.integers(1 << 20, 1 << 46))
-        for i, gap in zip(order.tolist(), gaps.tolist(), strict=True):
-            address[i] = at + gap
-            at += gap + int(layout.buffer_nbytes[i])
-        return cls(base, address, layout.buffer_nbytes, np.full(at - base, UNTOUCHED), np.zeros(at - base, np.int64))
-
-    @classmethod
-    def holding(cls, layout: Layout, content: Mapping[str, IntArray], rng: np.random.Generator) -> Memory:
-        memory = cls.allocate(layout, rng)
-        for i, name in enumerate(layout.buffer_names):
-            memory.buffer(i)[:] = content[name]
-        return memory
-
-    def buffer(self, i: int) -> IntArray:
-        at = int(self.address[i]) - self.base
-        return self.cells[at : at + int(self.nbytes[i])]
-
-    def _cells(self, starts: IntArray, nbytes: int) -> IntArray:
-        """Cell numbers of runs; AssertionError if one of them is not inside a single buffer."""
-        order = np.argsort(self.address, kind="stable")
-        at = np.searchsorted(self.address[order], starts, "right") - 1
-        good = (at >= 0) & (starts + nbytes <= (self.address + self.nbytes)[order][at])
-        if not good.all():
-            raise AssertionError(f"a run of {nbytes} bytes leaves its buffer at {int(starts[np.argmin(good)]) - self.base}")
-        cells: IntArray = starts[:, None] - self.base + np.arange(nbytes)
-        return cells
-
-    def read(self, starts: IntArray, nbytes: int) -> IntArray:
-        """The numbers of runs of `nbytes` that begin at absolute addresses `starts`: [n, nbytes]."""
-        return self.cells[self._cells(starts, nbytes)]
-
-    def write(self, starts: IntArray, numbers: IntArray) -> None:
-        """Runs `numbers[n, nbytes]` to absolute addresses `starts[n]`."""
-        cells = self._cells(starts, numbers.shape[1])
-        self.cells[cells] = numbers
-        np.add.at(self.writes, cells, 1)
-
-    def fill_constants(self, layout: Layout) -> None:
-        """What the target's own loader does."""
-        for c in layout.constants:
-            at = _grid(int(self.address[c.buffer]) + c.offset, c.shape, c.strides)
-            self.write(at, np.tile([ZERO - byte for byte in c.fill], (len(at), 1)))
-
-    def differences(self, layout: Layout, expected: Mapping[str, IntArray]) -> list[str]:
-        """Buffers whose content is not the expected one, with the first wrong byte; and bytes written more than once."""
-        found = []
-        if set(layout.buffer_names) != set(expected):
-            found.append(f"buffers differ: {sorted(set(layout.buffer_names) ^ set(expected))}")
-        for i, name in enumerate(layout.buffer_names):
-            mine, wanted = self.buffer(i), expected.get(name)
-            if wanted is None or mine.shape != wanted.shape:
-                found.append(f"{name}: {mine.size} bytes, expected {None if wanted is None else wanted.size}")
-            elif (mine != wanted).any():
-                at = int(np.argmax(mine != wanted))
-                found.append(f"{name}: byte {at} is {mine[at]}, expected {wanted[at]}")
-        if (self.writes > 1).any():
-            found.append(f"{int((self.writes > 1).sum())} bytes were written more than once")
-        return found
-
-
-def carry_out(plan: Plan, sources: Sequence[Memory], target: Memory) -> None:
-    """Do a plan's copies element by element, straight from its boxes. `sources[i]` is the memory behind offer i."""
-    layout = plan.wants.layout
-    for i, (want, offer, held) in enumerate(zip(plan.want.tolist(), plan.offer.tolist(), plan.piece.tolist(), strict=True)):
-        piece, theirs, source = int(plan.wants.piece[want]), plan.offers[offer].layout, sources[offer]
-        mine, other = layout.tensor_of(piece), theirs.tensor_of(held)
-        if (mine.dtype, mine.shape) != (other.dtype, other.shape):
-            raise AssertionError(f"copy {i} reads {other} into {mine}")
-        cut = plan.start.shape[1] - len(mine.shape)
-        box = Box(tuple(plan.start[i, cut:].tolist()), tuple(plan.stop[i, cut:].tolist()))
-        to = int(target.address[layout.pieces.buffer[piece]]) + _elements(layout, piece, box)
-        at = int(source.address[theirs.pieces.buffer[held]]) + _elements(theirs, held, box)
-        target.write(to, source.read(at, ITEMSIZE[mine.dtype]))
-    for row, offer, held in plan.opaque:
-        wanted, given = layout.opaques[row], plan.offers[offer].layout.opaques[held]
-        numbers = sources[offer].read(sources[offer].address[[given.buffer]] + given.offset, given.nbytes)
-        target.write(target.address[[wanted.buffer]] + wanted.offset, numbers)
-
-
-def run_steps(lowered: Lowered, sources: Sequence[Memory], target: Memory) -> None:
-    """Do what a transport and a target would: every run of every step, and the cutting to size of staged ones."""
-    for step in lowered.steps:
-        source = sources[step.offer]
-        if step.scatter is None:
-            for at, to, nbytes in _runs(step.wire):
-                target.write(to, source.read(at, nbytes))
-            continue
-        size = step.staging_nbytes
-        staging = Memory(0, np.zeros(1, np.int64), np.array([size]), np.full(size, UNTOUCHED), np.zeros(size, np.int64))
-        for at, to, nbytes in _runs(step.wire):
-            staging.write(to, source.read(at, nbytes))
-        for at, to, nbytes in _runs(step.scatter):
-            target.write(to, staging.read(at, nbytes))
-
-
-def _runs(batch: Batch) -> Iterator[tuple[IntArray, IntArray, int]]:
-    """Per copy, the addresses of its runs on both sides and their length."""
-    for i, run in enumerate(batch.run.tolist()):
-        count = batch.count[i].tolist()
-        at = _grid(int(batch.src[i]), count, batch.src_step[i].tolist())
-        yield at, _grid(int(batch.dst[i]), count, batch.dst_step[i].tolist()), run
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Instance:
-    """Running processes of one instance: offers and their memories, by rank."""
-
-    offers: tuple[Offer, ...]
-    memories: tuple[Memory, ...]
-
-    @classmethod
-    def holding(
-        cls, layouts: Sequence[Layout], contents: Sequence[Mapping[str, IntArray]], rng: np.random.Generator, name: str = "seed"
-    ) -> Instance:
-        memories = tuple(Memory.holding(x, c, rng) for x, c in zip(layouts, contents, strict=True))
-        offers = tuple(
-            Offer(x, Binding(SourceId(name, x.rank, "1"), m.address, ())) for x, m in zip(layouts, memories, strict=True)
-        )
-        return cls(offers, memories)
-
-
-def behind(plan: Plan, instances: Sequence[Instance]) -> list[Memory]:
-    """The memories behind a plan's offers."""
-    memory = {o.source: m for one in instances for o, m in zip(one.offers, one.memories, strict=True)}
-    return [memory[o.source] for o in plan.offers]
