@@ -57,6 +57,17 @@ def digest_pieces(layout: Layout, address: IntArray, *, threads: int = 0) -> Dig
     return digest_boxes(layout.catalog, pieces.tensor, pieces.start, pieces.stop, where, pieces.stride, threads=threads)
 
 
+def digest_parts(
+    layout: Layout, address: IntArray, piece: IntArray, start: IntArray, stop: IntArray, *, threads: int = 0
+) -> DigestArray:
+    """[n] digests of boxes start[n, width]..stop[n, width] that lie inside the layout's pieces `piece[n]`; for the rest
+    see `digest_pieces`."""
+    pieces = layout.pieces
+    stride = pieces.stride[piece]
+    where = address[pieces.buffer[piece]] + pieces.offset[piece] + ((start - pieces.start[piece]) * stride).sum(axis=1)
+    return digest_boxes(layout.catalog, pieces.tensor[piece], start, stop, where, stride, threads=threads)
+
+
 def digest_boxes(
     catalog: Catalog, tensor: IntArray, start: IntArray, stop: IntArray, address: IntArray, stride: IntArray, *, threads: int = 0
 ) -> DigestArray:
@@ -95,11 +106,16 @@ def add_up(digests: DigestArray, first: IntArray) -> DigestArray:
     At most 2^31 rows."""
     if len(first) == 0:
         return np.zeros(0, np.uint64)
-    low = np.add.reduceat(digests & np.uint64(0xFFFFFFFF), first)
-    high = np.add.reduceat(digests >> np.uint64(32), first)
-    # high < 2^60 counts 2^32s; 2^61 = 1 modulo p, so its bits from 29 up come round to the low end. No sum overflows.
-    total: DigestArray = low + ((high & np.uint64(0x1FFFFFFF)) << np.uint64(32)) + (high >> np.uint64(29))
-    return np.remainder(total, np.uint64(PRIME), dtype=np.uint64)
+    low, high = digests & np.uint64(0xFFFFFFFF), digests >> np.uint64(32)
+    return fold(np.add.reduceat(low, first), np.add.reduceat(high, first))
+
+
+def fold(low: DigestArray, high: DigestArray) -> DigestArray:
+    """Low + 2^32 * high modulo PRIME, for low < 2^63 and high < 2^60: digests summed in halves, so that nothing overflows."""
+    # 2^61 = 1, so the bits of high from 29 up come round to the low end.
+    total: DigestArray = low + ((high & np.uint64((1 << 29) - 1)) << np.uint64(32)) + (high >> np.uint64(29))
+    total %= np.uint64(PRIME)
+    return total
 
 
 @lru_cache(maxsize=4)
