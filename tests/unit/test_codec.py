@@ -76,7 +76,7 @@ def an_offer(digests: bool = True) -> Offer:
     column = np.array([1, 2**64 - 1, 3, 4], np.uint64) if digests else None
     endpoints = (Endpoint("local", b"\0pid"), Endpoint("nixl", bytes(range(256))))
     address = np.array([2**47, 4096, 8192, 16384])
-    binding = Binding(SourceId("seed-α", 1, "g1"), address, endpoints, column, 2**46, "boot-id", {"engine": "vllm", "v": "1"})
+    binding = Binding(SourceId("seed-é", 1, "g1"), address, endpoints, column, 2**46, "boot-id", {"engine": "vllm", "v": "1"})
     return Offer(layout, binding)
 
 
@@ -118,8 +118,10 @@ def test_an_offer_comes_back_as_it_went(digests: bool) -> None:
 shapes = st.lists(st.integers(1, 2**40), max_size=4).filter(lambda s: int(np.prod(s, dtype=object) or 1) < 2**56)
 
 
-@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.sampled_from(sorted(ITEMSIZE)), shapes),
-                unique_by=lambda row: row[0], max_size=20))  # fmt: skip
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@given(st.lists(st.tuples(names, st.sampled_from(sorted(ITEMSIZE)), shapes), unique_by=lambda row: row[0], max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_any_catalog_comes_back(rows: list[tuple[str, str, list[int]]]) -> None:
     catalog = Catalog.of(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in rows)

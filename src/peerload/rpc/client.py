@@ -34,7 +34,7 @@ _Reply = TypeVar("_Reply")
 #: One Agree call waits this long at the coordinator, seconds; then it is asked again.
 _AGREE_WAIT_S: Final = 20.0
 #: A rank whose time is up says so to the others, and learns whether it is too late for that, within this time.
-_LAST_WORD_S: Final = 5.0
+_LAST_WORD_S: Final = 2.0
 #: Asking again when the coordinator has no room to let us wait, seconds.
 _REASK_S: Final = 0.2
 #: It is away, or on its way out.
