@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
@@ -18,8 +19,9 @@ def test_allocations_are_aligned_disjoint_and_zero() -> None:
     with Arena(1 << 20) as arena:
         spans = [(arena.allocate(n, align), n) for n, align in [(1, 1), (100, 64), (7, 8), (5000, 4096), (0, 64), (3, 2)]]
         for (address, nbytes), align in zip(spans, [1, 64, 8, 4096, 64, 2], strict=True):
-            assert address % align == 0 and arena.read(address, nbytes) == bytes(nbytes)
-        for (a, n), (b, _) in zip(spans[:-1], spans[1:], strict=True):
+            assert address % align == 0
+            assert arena.read(address, nbytes) == bytes(nbytes)
+        for (a, n), (b, _) in itertools.pairwise(spans):
             assert a + n <= b
         assert arena.fence_address + 16 <= spans[0][0]
 

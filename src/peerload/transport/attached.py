@@ -1,0 +1,228 @@
+"""A peer of this host as its reader sees it: how it described itself, what of its memory is mapped here, whether it lives."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import json
+import mmap
+import os
+import select
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from ..batch import Batch
+from ..deadline import Deadline
+from ..errors import HostError, SourceLost, SourceUnreachable
+from ..native._lib import lib
+from ..native.columns import Columns
+from .handover import PATIENCE_S, Connection
+from .host import boot_id, pid_namespace, ptrace_scope, start_time
+from .table import RegionTable
+
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What `LocalTransport.describe` says. address, nbytes, file, offset are columns of regions: `file` is the number of
+    the memfd that holds the region from byte `offset`, or -1 for memory that only CMA reaches."""
+
+    host: str
+    pid_namespace: int
+    pid: int
+    start_time: int
+    socket: str
+    token: str
+    address: Sequence[int]
+    nbytes: Sequence[int]
+    file: Sequence[int]
+    offset: Sequence[int]
+
+    def encode(self) -> bytes:
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, source: str) -> Description:
+        """Raises SourceUnreachable for what is no description of ours."""
+        try:
+            told = json.loads(data)
+            if told.pop("version") != VERSION:
+                raise SourceUnreachable(source, "speaks another version of transport local", next_step="run the same release")
+            it = cls(**told)
+            columns = np.array([it.address, it.nbytes, it.file, it.offset], np.int64)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
+        top = np.iinfo(np.int64).max
+        if columns.ndim != 2 or (columns[:2] < 1).any() or (columns[3] < 0).any() or (columns[0] > top - columns[1]).any():
+            raise SourceUnreachable(source, "gave a description with impossible regions")
+        return it
+
+
+class Attached:
+    """Connected and mapped on construction; SourceUnreachable says why not. Use as a context around each read: mappings
+    go when the peer is lost or closed and the last read has left."""
+
+    def __init__(self, told: Description, source: str) -> None:
+        self.source: Final = source
+        self.table: Final = RegionTable(told.address, told.nbytes)
+        self.shift: Final = np.zeros(len(told.address), np.int64)
+        self.mapped: Final = np.zeros(len(told.address), np.bool_)
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._over = ""  # why nothing can be read any more
+        self._window = (0, 0)
+        self._process, self._ended = -1, select.poll()
+        if told.host != boot_id():
+            raise SourceUnreachable(source, "is on another host", next_step="offer transport nixl on both sides")
+        try:
+            self._connection = Connection(told.socket, told.token, Deadline.after(PATIENCE_S))
+        except OSError as error:
+            raise SourceUnreachable(source, f"its socket does not answer ({error.strerror or error})") from error
+        try:
+            self.pid = self._identify(told)
+            self._watch()
+            self._map(told)
+            self._probe(told)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Attached:
+        with self._lock:
+            if self._over:
+                raise SourceLost(self.source, self._over)
+            self._readers += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            self._release()
+
+    def check(self) -> None:
+        """Raise SourceLost unless the peer still vouches for its memory. Mapped memory outlives its owner; trust doesn't."""
+        if not self._connection.alive() or (self._process >= 0 and self._ended.poll(0)):
+            raise self.lost("it closed its transport or died")
+
+    def lost(self, problem: str) -> SourceLost:
+        """Marks the peer as lost; returns the error to raise."""
+        with self._lock:
+            self._over = self._over or problem
+        return SourceLost(self.source, problem, next_step="plan the rest from other sources")
+
+    def close(self) -> None:
+        with self._lock:
+            self._over = self._over or "it was disconnected"
+            self._release()
+
+    def _release(self) -> None:
+        if self._over and self._readers == 0:
+            self._connection.close()
+            if self._process >= 0:
+                os.close(self._process)
+                self._process = -1
+            (address, nbytes), self._window = self._window, (0, 0)
+            if nbytes:
+                lib.peerload_unmap(address, nbytes)
+
+    def _identify(self, told: Description) -> int:
+        """The peer's process id here; 0 if it has none. The kernel says who holds the socket; a description that names
+        somebody else is an old one."""
+        pid = self._connection.pid
+        if told.pid_namespace != pid_namespace():
+            return pid
+        try:
+            same = pid == told.pid and start_time(pid) == told.start_time
+        except ProcessLookupError:
+            same = False
+        if not same:
+            raise SourceUnreachable(self.source, f"process {told.pid} is no longer the one that described itself")
+        return pid
+
+    def _watch(self) -> None:
+        """The connection alone isn't proof of life: a forked child of the peer may hold it."""
+        if self.pid:
+            try:
+                self._process = os.pidfd_open(self.pid)
+            except ProcessLookupError as error:
+                raise SourceUnreachable(self.source, f"process {self.pid} has ended") from error
+            self._ended.register(self._process, select.POLLIN)
+
+    def _map(self, told: Description) -> None:
+        """Map every memfd we are given, once, into one reservation, so that nothing else ever lies between."""
+        try:
+            files = self._connection.receive()
+        except (OSError, ValueError, KeyError) as error:
+            raise SourceUnreachable(self.source, f"did not hand over its memory ({error})") from error
+        try:
+            file = np.array(told.file, np.int64)
+            begin = np.array(told.offset, np.int64)
+            end = begin + np.array(told.nbytes, np.int64)
+            spans: list[tuple[int, int, int]] = []  # number, first byte, one past the last
+            for number, fd in files.items():
+                mine = file == number
+                if mine.any() and sealed(fd) and int(end[mine].max()) <= os.fstat(fd).st_size:
+                    spans.append((number, int(begin[mine].min()) & -mmap.PAGESIZE, -(-int(end[mine].max()) & -mmap.PAGESIZE)))
+            total = sum(b - a for _, a, b in spans)
+            if total == 0:
+                return
+            at = lib.peerload_reserve(total)
+            if at == 0:
+                raise HostError(f"no address space for {total} bytes of {self.source}", next_step="raise ulimit -v")
+            self._window = (at, total)
+            for number, a, b in spans:
+                problem = lib.peerload_map(at, b - a, files[number], a)
+                if problem:
+                    raise HostError(f"memory of {self.source} can't be mapped: {os.strerror(problem)}")
+                mine = file == number
+                self.shift[mine] = at + begin[mine] - a - np.array(told.address, np.int64)[mine]
+                self.mapped[mine] = True
+                at += b - a
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+    def _probe(self, told: Description) -> None:
+        """Read one byte with CMA, if any region needs it, so that a host that forbids it is named before the load begins."""
+        if self.mapped.all():
+            return
+        landing = ctypes.create_string_buffer(1)
+        address = np.array([told.address[int(np.argmin(self.mapped))]], np.int64)
+        one = np.ones(1, np.int64)
+        error, _ = Columns(Batch.of_runs(address, one * ctypes.addressof(landing), one)).read_process(self.pid, 0, 1)
+        if error:
+            problem, fix = why_not(error)
+            raise SourceUnreachable(self.source, f"its memory can't be read with process_vm_readv: {problem}", next_step=fix)
+
+
+def sealed(fd: int) -> bool:
+    """Whether a file is a memfd that can't shrink under its readers."""
+    with suppress(OSError):
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    return False
+
+
+def why_not(error: int) -> tuple[str, str]:
+    """What an errno of process_vm_readv means on this host, and what to do about it."""
+    arena = "or keep the weights in a peerload.memory.Arena, which needs no such right"
+    if error == errno.ENOSYS:
+        return "this kernel has no such call (CONFIG_CROSS_MEMORY_ATTACH)", f"use another kernel, {arena}"
+    if error == errno.ESRCH:
+        return "the process is not visible from here", f"share the process namespace (hostPID), {arena}"
+    if error == errno.EPERM:
+        scope = ptrace_scope()
+        if scope >= 2:
+            return f"Yama forbids it (kernel.yama.ptrace_scope={scope})", f"sysctl kernel.yama.ptrace_scope=1, {arena}"
+        return (
+            "permission denied: another user or group, a container without CAP_SYS_PTRACE, or a seccomp filter",
+            f"run both as the same user, add CAP_SYS_PTRACE, {arena}",
+        )
+    return os.strerror(error), arena.removeprefix("or ")

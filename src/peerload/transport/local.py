@@ -1,0 +1,187 @@
+"""The embedded transport between processes of one host: no daemon, no package, no network.
+
+Memory backed by a sealed memfd (`peerload.memory.Arena`) is mapped by its readers; any other memory is read with
+process_vm_readv (CMA). Both in chunks on several threads, so that page faults of the destination, which cap what a fresh
+process can receive, are taken in parallel. Mapped pages are dropped after each chunk: reading a model doesn't show up in
+the reader's resident set.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..batch import Batch
+from ..deadline import Deadline
+from ..errors import HostError, PlanError
+from ..geometry import BoolArray
+from ..native._lib import lib
+from ..native.columns import Columns
+from .attached import Attached, Description, sealed
+from .base import Limits, Region
+from .crew import Crew, chunked
+from .handover import Handover
+from .host import boot_id, cores, pid_namespace, ptrace_scope, start_time
+from .table import RegionTable, destination_extents, source_extents
+
+
+class LocalTransport:
+    """threads: how many move bytes (0: one for each core this process may use)."""
+
+    name = "local"
+    #: A row costs about 0.3 us, in which 4 KiB move; nothing is lost by large batches but grain when a source dies.
+    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=256 << 20)
+
+    def __init__(self, threads: int = 0) -> None:
+        self._crew = Crew(threads or cores(), self.name)
+        self._lock = threading.Lock()
+        self._registered: dict[tuple[int, int], _Registered] = {}
+        self._memfds = 0  # how many were ever registered
+        self._table = RegionTable([], [])
+        self._handover: Handover | None = None
+        self._peers: dict[str, Attached] = {}
+        self._connected = 0
+        self._closed = False
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Adds to what is registered already, forgetting regions whose memfd its owner has closed. Seals the size of memfds:
+        from now on they can't shrink."""
+        for region in regions:
+            if region.device != "cpu":
+                raise HostError(f"transport local moves CPU memory only, not {region.device}")
+            if region.address < 1 or region.nbytes < 1:
+                raise HostError(f"a region of {region.nbytes} bytes at {region.address:#x} can't be registered")
+        with self._lock:
+            self._check_open()
+            rows = {key: row for key, row in self._registered.items() if row.file is None or row.file == _File.of(row.region.fd)}
+            numbers = {row.file: row.number for row in rows.values() if row.file is not None}
+            for region in regions:
+                file = _shared_file(region)
+                if file is not None and file not in numbers:
+                    numbers[file] = self._memfds
+                    self._memfds += 1
+                rows[region.address, region.nbytes] = _Registered(region, file, -1 if file is None else numbers[file])
+            self._registered = rows
+            self._table = RegionTable([r.region.address for r in rows.values()], [r.region.nbytes for r in rows.values()])
+            if ptrace_scope() == 1 and any(r.file is None for r in rows.values()):
+                lib.peerload_permit_readers()
+
+    def describe(self) -> bytes:
+        with self._lock:
+            self._check_open()
+            if self._handover is None:
+                self._handover = Handover(self._descriptors)
+            rows = list(self._registered.values())
+            return Description(
+                host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
+                socket=self._handover.address, token=self._handover.token,
+                address=[r.region.address for r in rows], nbytes=[r.region.nbytes for r in rows],
+                file=[r.number for r in rows], offset=[r.region.fd_offset for r in rows],
+            ).encode()  # fmt: skip
+
+    def connect(self, description: bytes, source: str) -> str:
+        peer = Attached(Description.decode(description, source), source)
+        with self._lock:
+            if not self._closed:
+                self._connected += 1
+                handle = f"{source}#{self._connected}"
+                self._peers[handle] = peer
+                return handle
+        peer.close()
+        raise HostError("the transport is closed")
+
+    def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
+        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        with self._crew.job():
+            with self._lock:
+                there, here = self._peers.get(peer), self._table
+            if there is None:
+                raise PlanError(f"there is no peer {peer!r}")
+            here.locate(*destination_extents(batch), "dst", "this process")
+            row = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            with there:
+                self._move(there, replace(batch, src=batch.src + there.shift[row]), there.mapped[row], deadline)
+
+    def _move(self, there: Attached, batch: Batch, mapped: BoolArray, deadline: Deadline) -> None:
+        """batch.src are addresses of ours where `mapped`, of the peer elsewhere."""
+        rows, ours, edges = chunked(batch, mapped)
+        columns = Columns(rows)
+
+        def work(begin: int, end: int) -> None:
+            if ours[begin]:
+                columns.copy_mapped(begin, end)
+            else:
+                error, _ = columns.read_process(there.pid, begin, end)
+                if error:
+                    raise there.lost(f"its memory can't be read any more ({os.strerror(error)})")
+
+        there.check()
+        self._crew.run(edges, work, deadline, f"reading {batch.nbytes} bytes from {there.source}")
+        there.check()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            handover, self._handover = self._handover, None
+        if handover is not None:
+            handover.close()
+        self._crew.close()
+        with self._lock:
+            peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            peer.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HostError("the transport is closed")
+
+    def _descriptors(self) -> dict[int, int]:
+        """Read-only descriptors of our own of all memfds by their number, without those closed by now."""
+        with self._lock:
+            files = {row.number: row.file for row in self._registered.values() if row.file is not None}
+        return {
+            number: os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            for number, file in files.items()
+            if _File.of(file.fd) == file
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A descriptor and what it stood for, so that one that was closed and used again isn't mistaken for it."""
+
+    fd: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, fd: int) -> _File | None:
+        try:
+            stat = os.fstat(fd)
+        except OSError:
+            return None
+        return cls(fd, stat.st_dev, stat.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """A region, the memfd that readers may map (None: they use CMA), and its number for ever (-1)."""
+
+    region: Region
+    file: _File | None
+    number: int
+
+
+def _shared_file(region: Region) -> _File | None:
+    """The region's memfd if readers can trust its size, having sealed it."""
+    if region.fd < 0:
+        return None
+    try:
+        fcntl.fcntl(region.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError:
+        if not sealed(region.fd):  # not a memfd, or one whose seals were fixed without this one
+            return None
+    return _File.of(region.fd)

@@ -1,0 +1,66 @@
+"""A transport within one process, by address: for tests, and for a target that finds its seed in itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from ..batch import Batch
+from ..deadline import Deadline
+from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
+from ..native.columns import Columns
+from .base import Limits, Region
+from .table import RegionTable, destination_extents, source_extents
+
+
+class MemoryTransport:
+    """Transports that are to reach each other share one `hall`, a dictionary that the caller makes."""
+
+    name = "memory"
+    limits = Limits(strided=True, operation_nbytes=4096)
+
+    def __init__(self, hall: dict[str, MemoryTransport]) -> None:
+        self._hall = hall
+        self._regions: list[Region] = []
+        self._table = RegionTable([], [])
+        self._peers: dict[str, tuple[str, MemoryTransport]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def register(self, regions: Sequence[Region]) -> None:
+        with self._lock:
+            if self._closed:
+                raise HostError("the transport is closed")
+            self._regions += regions
+            self._table = RegionTable([r.address for r in self._regions], [r.nbytes for r in self._regions])
+
+    def describe(self) -> bytes:
+        self._hall[f"{id(self):x}"] = self
+        return f"{id(self):x}".encode()
+
+    def connect(self, description: bytes, source: str) -> str:
+        there = self._hall.get(description.decode(errors="replace"))
+        if there is None or there._closed:
+            raise SourceUnreachable(source, "is not in this process, or closed")
+        with self._lock:
+            handle = f"{source}#{len(self._peers)}"
+            self._peers[handle] = source, there
+        return handle
+
+    def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
+        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        if self._closed:
+            raise HostError("the transport is closed")
+        if peer not in self._peers:
+            raise PlanError(f"there is no peer {peer!r}")
+        source, there = self._peers[peer]
+        self._table.locate(*destination_extents(batch), "dst", "this transport")
+        there._table.locate(*source_extents(batch), "src", f"source {source}")
+        deadline.check(f"reading {batch.nbytes} bytes from {source}")
+        if there._closed:
+            raise SourceLost(source, "it closed its transport")
+        Columns(batch).copy(0, len(batch))
+
+    def close(self) -> None:
+        self._closed = True
+        self._hall.pop(f"{id(self):x}", None)

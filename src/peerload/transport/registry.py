@@ -1,0 +1,122 @@
+"""The transports there are, by name, and which of them this host can use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ..config import Config
+from ..errors import ConfigError, HostError
+from .attached import why_not
+from .base import Transport
+from .files import FilesTransport
+from .local import LocalTransport
+from .nixl import INSTALL, NixlTransport, module
+
+#: In the order in which `transport=auto` prefers them.
+FACTORIES: Final[Mapping[str, Callable[[int], Transport]]] = {"local": LocalTransport, "nixl": NixlTransport}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What was found out about a transport here: `reason` says what it can do or why it can't, `install` what to do then."""
+
+    name: str
+    available: bool
+    reason: str
+    install: str = ""
+
+
+def open_transport(name: str, config: Config) -> Transport:
+    """Raises ConfigError for a name there isn't, HostError when this host can't use it. The caller closes it."""
+    if name == FilesTransport.name:
+        return FilesTransport(threads=config.threads)
+    if name not in FACTORIES:
+        raise ConfigError(f"there is no transport {name!r}; there are {', '.join(FACTORIES)}")
+    return FACTORIES[name](config.threads)
+
+
+def open_transports(config: Config) -> dict[str, Transport]:
+    """What `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: all that this
+    host can use. The caller closes them."""
+    names = list(FACTORIES) if config.transport == "auto" else [config.transport]
+    opened: dict[str, Transport] = {}
+    for name in names:
+        try:
+            opened[name] = open_transport(name, config)
+        except HostError:
+            if config.transport != "auto":
+                raise
+    opened[FilesTransport.name] = open_transport(FilesTransport.name, config)
+    return opened
+
+
+def probe(name: str) -> Probe:
+    """Really try, in this and in other processes: about 0.1 s. Raises ConfigError for a name there isn't."""
+    if name == "files":
+        return Probe(name, True, "reads files with preadv")
+    if name == "local":
+        return _probe_local()
+    if name == "nixl":
+        return _probe_nixl()
+    raise ConfigError(f"there is no transport {name!r}; there are {', '.join(FACTORIES)}")
+
+
+def _probe_nixl() -> Probe:
+    try:
+        nixl = module()
+    except HostError as error:
+        return Probe("nixl", False, error.message, INSTALL)
+    try:
+        NixlTransport().close()
+    except HostError as error:
+        return Probe("nixl", False, error.message, "see NIXL's own messages on standard error")
+    return Probe("nixl", True, f"{nixl.__name__} with UCX")
+
+
+#: Two processes, neither of them the other's ancestor, as a seed and a target are: the first permits readers where Yama
+#: wants that, tells its process id and the address of eight bytes, and waits; the second reads them.
+_READABLE: Final = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+libc.prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)
+data = ctypes.create_string_buffer(b"peerload")
+print(__import__("os").getpid(), ctypes.addressof(data), flush=True)
+sys.stdin.read()
+"""
+_READING: Final = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class IOVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+data = ctypes.create_string_buffer(8)
+here, there = IOVec(ctypes.addressof(data), 8), IOVec(int(sys.argv[2]), 8)
+libc.process_vm_readv.restype = ctypes.c_ssize_t
+moved = libc.process_vm_readv(int(sys.argv[1]), ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+print(0 if moved == 8 and data.raw == b"peerload" else ctypes.get_errno())
+"""
+
+
+def _probe_local() -> Probe:
+    """Arenas work wherever Linux does; whether CMA does is found out by using it."""
+    if not sys.platform.startswith("linux"):
+        return Probe("local", False, f"needs Linux, this is {sys.platform}")
+    error = cma_error()
+    if error == 0:
+        return Probe("local", True, "maps arenas, and reads any other memory of the same user with process_vm_readv")
+    problem, fix = why_not(error)
+    return Probe("local", True, f"maps arenas; other memory can't be read with process_vm_readv: {problem}", fix)
+
+
+def cma_error() -> int:
+    """0 if one process here may read another of the same user with process_vm_readv, else the errno it gets."""
+    python = [sys.executable, "-I", "-S", "-c"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*python, _READABLE], stdin=pipe, stdout=pipe, text=True) as readable:  # noqa: S603
+        assert readable.stdout is not None
+        told = readable.stdout.readline().split()
+        answer = subprocess.run([*python, _READING, *told], stdout=pipe, text=True, timeout=10, check=True).stdout  # noqa: S603
+    return int(answer)
