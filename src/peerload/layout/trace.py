@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,7 +125,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if any(kind is not Tensor and kind is not torch.nn.Parameter for kind in types):
+        kinds = {kind for kind in types if kind is not Tensor and kind is not torch.nn.Parameter}
+        if FakeTensor in kinds:
+            return func(*args, **kwargs)  # DTensor's shape arithmetic
+        if kinds:
             return NotImplemented  # DTensor and its like come back with their local tensors
         tracked = [t for t in _tensors(args, kwargs) if self.known(t)]
         if not tracked:

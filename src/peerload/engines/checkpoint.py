@@ -1,0 +1,225 @@
+"""A safetensors directory as a seed: whole tensors, TP=1, whose buffers are the data parts of the files.
+
+Only headers are read here (https://github.com/huggingface/safetensors: 8 bytes of little-endian length, that many bytes
+of JSON, data). Weight bytes are read by the `files` transport, at addresses of a made-up space in which the files stand
+one behind the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ..errors import ConfigError, ManifestError
+from ..geometry import Box, IntArray
+from ..manifest import (
+    ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec,
+)  # fmt: skip
+from ..transport.files import FileSet
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+#: The small files of a model directory that a seed passes on; config.json alone is required.
+PUBLISHED: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+_MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
+_SAMPLES: Final = 16
+_SAMPLE_NBYTES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The small files that make weights a model: file name -> bytes. What a seed publishes beside its layout."""
+
+    contents: Mapping[str, bytes]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, dict):
+            raise ConfigError("config.json is not a JSON object")
+
+    @classmethod
+    def of(cls, model: ModelFiles | str | Path) -> ModelFiles:
+        """From a model directory, or the path of a config.json. Raises ConfigError."""
+        if isinstance(model, ModelFiles):
+            return model
+        path = Path(model)
+        if path.is_file():
+            return cls({"config.json": _read(path)})
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such model directory or config.json")
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path}: has no config.json", next_step="give a Hugging Face model directory")
+        return cls({name: _read(path / name) for name in PUBLISHED if (path / name).is_file()})
+
+    @property
+    def config(self) -> dict[str, object]:
+        """config.json, parsed. Raises ConfigError."""
+        try:
+            parsed: dict[str, object] = json.loads(self.contents["config.json"])
+        except KeyError:
+            raise ConfigError("the model's files lack config.json") from None
+        except ValueError as error:
+            raise ConfigError(f"config.json is not JSON: {error}") from error
+        return parsed
+
+    def write(self, directory: Path) -> None:
+        """Into an existing directory."""
+        for name, content in self.contents.items():
+            (directory / Path(name).name).write_bytes(content)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a file: `offset` is the byte of the file's data part at which it begins."""
+
+    spec: TensorSpec
+    file: int
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A safetensors directory whose headers have been read and found consistent. Holds no file open.
+
+    files: the shards with sizes and times as found. data_offset: [files], first byte of each data part. tensors: by name,
+    so that all who derive a catalog of this model have it in the same order.
+    """
+
+    directory: Path
+    files: FileSet
+    data_offset: IntArray
+    tensors: tuple[Stored, ...]
+    headers: tuple[bytes, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Raises ConfigError when there is no such checkpoint or a shard is missing, ManifestError when a header
+        contradicts itself, its file or the index."""
+        directory = Path(directory)
+        shards, index = _shards(directory)
+        files = FileSet.of(shards)
+        headers: list[bytes] = []
+        tensors: list[Stored] = []
+        for number, (path, nbytes) in enumerate(zip(shards, files.nbytes, strict=True)):
+            header = _header(path, nbytes)
+            headers.append(header)
+            tensors += _tensors(path, header, number, nbytes)
+        found = {t.spec.name: shards[t.file].name for t in tensors}
+        for name, shard in index.items():
+            if found.get(name) != shard:
+                raise ManifestError(f"{INDEX}[{name}]", f"says {shard}, which doesn't hold it")
+        starts = np.array([8 + len(h) for h in headers], np.int64)
+        return cls(directory, files, starts, tuple(sorted(tensors, key=lambda t: t.spec.name)), tuple(headers))
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        return Catalog.of(t.spec for t in self.tensors)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Every tensor whole, row-major; one buffer per file: its data part."""
+        pieces = []
+        for row, tensor in enumerate(self.tensors):
+            shape, stride = tensor.spec.shape, ITEMSIZE[tensor.spec.dtype]
+            strides: list[int] = []
+            for size in reversed(shape):
+                strides.insert(0, stride)
+                stride *= size
+            pieces.append(Piece(row, Box.whole(shape), tensor.file, tensor.offset, tuple(strides)))
+        nbytes = np.array(self.files.nbytes, np.int64) - self.data_offset
+        names = tuple(Path(path).name for path in self.files.path)
+        return Layout(self.catalog, names, nbytes, Pieces.of(pieces, self.catalog.width))
+
+    def offer(self) -> Offer:
+        """The checkpoint as a source rank that the `files` transport reads. Its generation changes with the files' sizes
+        and times."""
+        description = self.files.encode()
+        source = SourceId(f"disk:{self.directory.name}", 0, hashlib.sha256(description).hexdigest()[:16])
+        address = np.array(self.files.base, np.int64) + self.data_offset
+        return Offer(self.layout, Binding(source, address, (Endpoint("files", description),)))
+
+    def identity(self) -> str:
+        """A cheap fingerprint for `ModelKey.revision` when the operator gives none: 16 hex digits of a SHA-256 over
+        config.json, all headers, all file sizes, and 16 samples of 4 KiB from each file. It tells apart what differs in
+        structure and, through the samples, any two trainings; it isn't a hash of all weights."""
+        state = hashlib.sha256()
+        config = self.directory / "config.json"
+        state.update(_read(config) if config.is_file() else b"")
+        rows = zip(self.files.path, self.files.nbytes, self.headers, self.data_offset.tolist(), strict=True)
+        for path, nbytes, header, start in rows:
+            state.update(f"\0{Path(path).name}\0{nbytes}\0".encode() + header)
+            with Path(path).open("rb") as stream:
+                for sample in range(_SAMPLES):
+                    stream.seek(start + (nbytes - start) * sample // _SAMPLES)
+                    state.update(stream.read(_SAMPLE_NBYTES))
+        return state.hexdigest()[:16]
+
+    def key(self, name: str = "", revision: str = "") -> ModelKey:
+        """`name` defaults to the directory's, `revision` to `identity()`."""
+        return ModelKey(name or self.directory.resolve().name, revision or self.identity())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The files of a checkpoint in the order transformers looks for them, and the index's claims."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory")
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE], {}
+    if not (directory / INDEX).is_file():
+        raise ConfigError(f"{directory}: holds neither {SINGLE} nor {INDEX}", next_step="give a safetensors checkpoint directory")
+    try:
+        index = json.loads(_read(directory / INDEX))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(INDEX, "is not JSON with a weight_map") from error
+    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
+        raise ManifestError(f"{INDEX}.weight_map", "does not map tensors to files")
+    shards = [directory / name for name in sorted(set(index.values()))]
+    for path in shards:
+        if path.parent != directory or not path.is_file():
+            raise ConfigError(f"{directory}: the index names {path.name}, which isn't there", next_step="download it again")
+    return shards, index
+
+
+def _header(path: Path, size: int) -> bytes:
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MOST_HEADER_NBYTES):
+            raise ManifestError(path.name, f"is no safetensors file: a header of {length} bytes in {size}")
+        return stream.read(length)
+
+
+def _tensors(path: Path, header: bytes, file: int, size: int) -> Iterator[Stored]:
+    data = size - 8 - len(header)
+    try:
+        rows = json.loads(header)
+        entries = [
+            (name, row["dtype"], tuple(map(int, row["shape"])), *map(int, row["data_offsets"]))
+            for name, row in rows.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(path.name, f"has a header that can't be read: {error!r}") from error
+    for name, dtype, shape, begin, end in entries:
+        where = f"{path.name}[{name}]"
+        if dtype not in ITEMSIZE:
+            raise ManifestError(f"{where}.dtype", f"{dtype!r} is none of {', '.join(ITEMSIZE)}")
+        if not 0 <= begin <= end <= data:
+            raise ManifestError(f"{where}.data_offsets", f"[{begin}, {end}) lies outside the file's {data} bytes of data")
+        if end - begin != int(np.prod(shape, dtype=np.int64)) * ITEMSIZE[dtype]:
+            raise ManifestError(f"{where}.data_offsets", f"spans {end - begin} bytes, {dtype}{list(shape)} needs others")
+        yield Stored(TensorSpec(name, dtype, shape), file, begin)

@@ -1,0 +1,80 @@
+"""One rank of a transformers instance that needs no mode: it finds peers or loads from disk, then is a seed itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+
+from ..config import Config
+from ..load import Job, Member, load
+from ..manifest import Parallel
+from ..memory import Placed, regions_for
+from ..receipt import Receipt
+from ..rpc.client import CoordinatorClient
+from ..seed import Seed
+from ..transport.base import Region, Transport
+from ..transport.registry import open_transports
+from .checkpoint import Checkpoint
+from .transformers import OpenModel, open_model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replica:
+    """A model that serves. engine_s: seconds its engine took to build it, without weights."""
+
+    opened: OpenModel
+    receipt: Receipt
+    engine_s: float
+    seed: Seed | None
+
+
+@contextmanager
+def replica(
+    directory: str,
+    parallel: Parallel,
+    member: Member,
+    config: Config,
+    *,
+    attributes: Mapping[str, str] | None = None,
+    on_opened: Callable[[], None] = lambda: None,
+    on_bytes: Callable[[str, int, int], None] = lambda *_: None,
+    wrap: Callable[[Transport], Transport] = lambda transport: transport,
+) -> Iterator[Replica]:
+    """This rank's model with its weights in place, offered to others (unless `source` is off) until the block ends.
+
+    Needs the process group of `parallel`. on_opened is called when the engine has built its model and no weight has
+    moved yet; on_bytes as in `Job`; wrap may put something between us and each transport. Raises what `open_model` and
+    `load` raise."""
+    begun_s = time.perf_counter()
+    checkpoint = Checkpoint.open(directory)
+    opened = open_model(directory, checkpoint.catalog, parallel, rank=member.rank)
+    engine_s = time.perf_counter() - begun_s
+    on_opened()
+    with ExitStack() as stack:
+        if opened.arena is not None:
+            stack.callback(opened.arena.close)
+        client = stack.enter_context(CoordinatorClient(config.url))
+        transports = {n: wrap(stack.enter_context(closing(t))) for n, t in open_transports(config).items()}
+        model = checkpoint.key(config.model_name, config.revision)
+        job = Job(
+            model, opened.layout, opened.address, _regions(opened, config.registration), member, transports, config,
+            coordinator=client, reserve=[checkpoint.offer()], on_bytes=on_bytes,
+        )  # fmt: skip
+        receipt = load(job)
+        seed = None
+        if config.source:
+            seed = Seed(
+                model, opened.layout, opened.address, coordinator=client, transports=transports, instance=member.instance,
+                files=opened.files.contents, attributes=attributes, digests=config.verify, threads=config.threads,
+            )  # fmt: skip
+            stack.enter_context(seed)
+        yield Replica(opened, receipt, engine_s, seed)
+
+
+def _regions(opened: OpenModel, registration: str) -> list[Region]:
+    assert opened.arena is not None, "open_model was asked for an arena"
+    block = opened.arena.region()
+    sizes = opened.layout.buffer_nbytes.tolist()
+    return regions_for([Placed(a, n, block) for a, n in zip(opened.address.tolist(), sizes, strict=True)], registration)

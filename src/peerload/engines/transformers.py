@@ -1,0 +1,239 @@
+"""transformers as an engine: its own loader, under its own tensor-parallel plan, on weights that aren't there yet.
+
+`from_pretrained(None, state_dict=...)` asks each rank for exactly the slices it wants. What we hand out are untouched
+tensors under a `Recorder`; afterwards the parameters are in place, nothing was copied, and the layout is known. The same
+call on `meta`, under torch's `fake` process group, gives the layout of any rank without weights or peers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import ConfigError, HostError, LayoutError
+from ..geometry import IntArray
+from ..layout.trace import DTYPES, Allocate, Recorder, layout_of, on_meta
+from ..manifest import Catalog, Layout, Parallel, TensorSpec
+from ..memory import Arena
+from .architecture import catalog_of, class_of, config_of, generation_config, quiet
+from .checkpoint import ModelFiles
+
+#: Buffers begin at multiples of this, as torch's own CPU allocator places them (`c10::gAlignment`).
+ALIGNMENT: Final = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenModel:
+    """An engine's model whose parameters lie, yet to be written, at `address` [buffers of layout].
+
+    Owns the memory: `arena` (None: the tensors' own storages) must stay open while the model or a reader uses it."""
+
+    model: PreTrainedModel
+    layout: Layout
+    address: IntArray
+    arena: Arena | None
+    files: ModelFiles
+
+
+def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0, catalog: Catalog | None = None) -> Layout:
+    """What rank `rank` (tensor-parallel rank fastest) of `parallel` holds: no weights, no device, no peers.
+
+    `catalog`: the checkpoint's tensors; None: those that transformers would save. Not thread-safe (it makes and destroys
+    the process's group). Raises LayoutError for what the engine does that can't be described, ConfigError for a model or
+    a split that transformers doesn't have, HostError in a process that already has a process group."""
+    files = ModelFiles.of(model)
+    catalog = catalog_of(files) if catalog is None else catalog
+    with _impersonated(rank, parallel.tp * parallel.pp), quiet():
+        return _load(files, catalog, parallel, rank, on_meta)[1]
+
+
+def open_model(
+    model: ModelFiles | str | Path,
+    catalog: Catalog,
+    parallel: Parallel = Parallel(),
+    *,
+    rank: int = 0,
+    arena: Callable[[int], Arena] | None = Arena,
+) -> OpenModel:
+    """The engine's model on this rank, as a stock load would leave it, but for parameters that nobody has written or
+    touched. Needs the process group of `parallel` (or torchrun's environment, from which transformers makes it).
+
+    arena: makes the arena that the parameters lie in, given its bytes; None leaves each in a storage of its own, and so
+    does a GPU.
+    Raises as `layout_for` does."""
+    files = ModelFiles.of(model)
+    device = _device(parallel)
+
+    def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    with quiet(logging.WARNING):
+        loaded, layout, local = _load(files, catalog, parallel, rank, untouched)
+    home = None if arena is None or device.type != "cpu" else _settle(layout, local, arena)
+    address = np.array([local[name].data_ptr() for name in layout.buffer_names], np.int64)
+    return OpenModel(loaded, layout, address, home, files)
+
+
+def stock_model(directory: str | Path, parallel: Parallel = Parallel()) -> PreTrainedModel:
+    """The same rank's model by the engine's own load from disk."""
+    with quiet(logging.WARNING):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto", **_split(parallel))
+    return model
+
+
+def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """The `new_tokens` ids that follow `prompt`. All ranks of a tensor-parallel model call it with the same prompt."""
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens
+
+
+def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """This rank's part of each parameter and buffer, tied names included: the very tensors, not views of them."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: t._local_tensor if isinstance(t, DTensor) else t for name, t in named}
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """What stands for a checkpoint tensor in a state dict: the interface of safetensors' slices, answered by a recorder."""
+
+    recorder: Recorder
+    spec: TensorSpec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.dtype]
+
+    def get_shape(self) -> list[int]:
+        return list(self.spec.shape)
+
+    def get_dtype(self) -> str:
+        return self.spec.dtype
+
+    def __getitem__(self, index: object) -> Tensor:
+        """Of slices with step 1, or an ellipsis for all."""
+        cuts = list(index) if isinstance(index, tuple) else [index]
+        cuts = [c for c in cuts if c is not ...]
+        whole = [slice(None)] * (len(self.spec.shape) - len(cuts))
+        ranges = []
+        for cut, size in zip([*cuts, *whole], self.spec.shape, strict=True):
+            if not isinstance(cut, slice) or cut.step not in (None, 1):
+                raise LayoutError(f"{self.spec.name}: transformers asks for index {cut!r}, only plain slices can be served")
+            ranges.append(range(size)[cut])
+        return self.recorder.source(self.spec.name, [r.start for r in ranges], [len(r) for r in ranges], self.dtype)
+
+
+def _load(
+    files: ModelFiles, catalog: Catalog, parallel: Parallel, rank: int, allocate: Allocate
+) -> tuple[PreTrainedModel, Layout, dict[str, Tensor]]:
+    """The engine's own load on tensors out of `allocate`: (model, layout, this rank's loaded tensors by name)."""
+    config = config_of(files)
+    kind, recorder = class_of(config), Recorder(allocate)
+    state = {spec.name: _Slices(recorder, spec) for spec in catalog}
+    try:
+        with _synchronous(), recorder:
+            model, report = kind.from_pretrained(
+                None, config=config, state_dict=state, dtype="auto", output_loading_info=True,
+                generation_config=generation_config(files, config), **_split(parallel),
+            )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        if recorder.refusals:
+            raise recorder.refusals[0] from error
+        raise LayoutError(f"{kind.__name__} at {parallel}: transformers fails: {error!r}") from error
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.known(t)}
+    reason = f"unknown to {kind.__name__}"
+    ignored = {name: reason for name in report["unexpected_keys"] if name in catalog.row}
+    return model, layout_of(recorder, local, catalog, parallel=parallel, rank=rank, ignored=ignored), local
+
+
+def _settle(layout: Layout, local: Mapping[str, Tensor], make: Callable[[int], Arena]) -> Arena:
+    """Move the (still untouched) tensors into one arena that holds them and nothing else. Copies nothing."""
+    homes: dict[int, Tensor] = {}
+    sizes = dict(zip(layout.buffer_names, layout.buffer_nbytes.tolist(), strict=True))
+    arena = make(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes.values()))
+    for name, nbytes in sizes.items():
+        tensor = local[name]
+        flat = arena.tensor(arena.allocate(nbytes, ALIGNMENT), (tensor.numel(),), tensor.dtype)
+        homes[tensor.data_ptr()] = flat.as_strided(tensor.shape, tensor.stride())
+    for tensor in {id(t): t for t in local.values() if t.numel()}.values():
+        tensor.data = homes[tensor.data_ptr()]
+    for name, tensor in local.items():
+        if not arena.contains(tensor.data_ptr(), tensor.nbytes) and tensor.numel():
+            raise LayoutError(f"{name}: the engine keeps it outside the memory it was given")
+    return arena
+
+
+def _split(parallel: Parallel) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that ask for this split under the model's own plan."""
+    if parallel == Parallel():
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    known = {f.name for f in dataclasses.fields(DistributedConfig)}
+    if {"tp_plan", "pp_size", "ep_size"} <= known:
+        config = DistributedConfig(tp_plan="auto", tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep)
+        return {"distributed_config": config}
+    if parallel.pp > 1 or parallel.ep > 1:
+        raise ConfigError(f"{parallel}: this transformers splits by tensor parallelism only", next_step="install 5.23 or newer")
+    return {"tp_plan": "auto", "tp_size": parallel.tp}
+
+
+def _device(parallel: Parallel) -> torch.device:
+    """Where transformers puts this rank: on the accelerator when it splits, else on the CPU."""
+    if parallel == Parallel() or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None  # is_available() said so
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def _impersonated(rank: int, size: int) -> Iterator[None]:
+    """This process as rank `rank` of `size` that nobody else is part of: collectives return at once."""
+    if not 0 <= rank < size:
+        raise ConfigError(f"rank {rank} is not below {size}")
+    if size == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise HostError("this process already has a process group", next_step="derive layouts of other ranks in a process of its own")
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _synchronous() -> Iterator[None]:
+    """transformers materializing weights in the calling thread, the only one its recorder sees."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
