@@ -66,6 +66,7 @@ class Memory:
     def _cells(self, starts: IntArray, nbytes: int) -> IntArray:
         """Cell numbers of runs; AssertionError if one of them is not inside a single buffer."""
         order = np.argsort(self.address, kind="stable")
+        order = order[self.nbytes[order] > 0]
         at = np.searchsorted(self.address[order], starts, "right") - 1
         good = (at >= 0) & (starts + nbytes <= (self.address + self.nbytes)[order][at])
         if not good.all():
@@ -203,11 +204,11 @@ def load_exactly(
     need = int(wanted.piece_nbytes[wanted.written].sum()) + sum(o.nbytes for o in wanted.opaques)
     _equal("bytes of the plan", plan.nbytes, need)
     sources = behind(plan, [*instances, *reserve])
-    memory = _fresh(wanted)
+    memory = fresh(wanted)
     carry_out(plan, sources, memory)
     _equal("the plan's outcome", memory.differences(wanted, expected), [])
     for limits, staging_nbytes in LOWERINGS:
-        memory = _fresh(wanted)
+        memory = fresh(wanted)
         lowered = lower(plan, limits, memory.address, staging_nbytes)
         run_steps(lowered, sources, memory)
         _equal(f"the outcome of lowering for {limits}", memory.differences(wanted, expected), [])
@@ -219,7 +220,8 @@ def load_exactly(
     return plan
 
 
-def _fresh(layout: Layout) -> Memory:
+def fresh(layout: Layout) -> Memory:
+    """A target rank before its load: its own constants are written, nothing else."""
     memory = Memory.allocate(layout, np.random.default_rng(layout.rank))
     memory.fill_constants(layout)
     return memory
