@@ -75,7 +75,7 @@ def generation_config(files: ModelFiles, config: PreTrainedConfig) -> Generation
 
 @contextmanager
 def quiet(verbosity: int = logging.ERROR) -> Iterator[None]:
-    """transformers without progress bars and with its log at `verbosity`, restored afterwards."""
+    """No progress bars of transformers, and its log at `verbosity`; restored afterwards."""
     log: Any = transformers.logging
     before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(max(verbosity, before))

@@ -19,16 +19,15 @@ import numpy as np
 
 from ..errors import ConfigError, ManifestError
 from ..geometry import Box, IntArray
-from ..manifest import (
-    ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec,
-)  # fmt: skip
+from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec
 from ..transport.files import FileSet
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 #: The small files of a model directory that a seed passes on; config.json alone is required.
 PUBLISHED: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
 )  # fmt: skip
 _MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
 _SAMPLES: Final = 16

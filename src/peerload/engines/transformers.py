@@ -34,6 +34,7 @@ from .checkpoint import ModelFiles
 
 #: Buffers begin at multiples of this, as torch's own CPU allocator places them (`c10::gAlignment`).
 ALIGNMENT: Final = 64
+UNSPLIT: Final = Parallel()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +65,7 @@ def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0
 def open_model(
     model: ModelFiles | str | Path,
     catalog: Catalog,
-    parallel: Parallel = Parallel(),
+    parallel: Parallel = UNSPLIT,
     *,
     rank: int = 0,
     arena: Callable[[int], Arena] | None = Arena,
@@ -88,7 +89,7 @@ def open_model(
     return OpenModel(loaded, layout, address, home, files)
 
 
-def stock_model(directory: str | Path, parallel: Parallel = Parallel()) -> PreTrainedModel:
+def stock_model(directory: str | Path, parallel: Parallel = UNSPLIT) -> PreTrainedModel:
     """The same rank's model by the engine's own load from disk."""
     with quiet(logging.WARNING):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto", **_split(parallel))
@@ -100,14 +101,15 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> li
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0,
         )  # fmt: skip
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens
 
 
 def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """This rank's part of each parameter and buffer, tied names included: the very tensors, not views of them."""
+    """The rank's own part of each parameter and buffer, tied names included: the very tensors, not views of them."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: t._local_tensor if isinstance(t, DTensor) else t for name, t in named}
 
@@ -185,7 +187,7 @@ def _settle(layout: Layout, local: Mapping[str, Tensor], make: Callable[[int], A
 
 def _split(parallel: Parallel) -> dict[str, Any]:
     """The arguments of `from_pretrained` that ask for this split under the model's own plan."""
-    if parallel == Parallel():
+    if parallel == UNSPLIT:
         return {}
     from transformers.distributed import DistributedConfig
 
@@ -194,13 +196,13 @@ def _split(parallel: Parallel) -> dict[str, Any]:
         config = DistributedConfig(tp_plan="auto", tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep)
         return {"distributed_config": config}
     if parallel.pp > 1 or parallel.ep > 1:
-        raise ConfigError(f"{parallel}: this transformers splits by tensor parallelism only", next_step="install 5.23 or newer")
+        raise ConfigError(f"{parallel}: this transformers splits by tensor parallelism only", next_step="install a newer one")
     return {"tp_plan": "auto", "tp_size": parallel.tp}
 
 
 def _device(parallel: Parallel) -> torch.device:
     """Where transformers puts this rank: on the accelerator when it splits, else on the CPU."""
-    if parallel == Parallel() or not torch.accelerator.is_available():
+    if parallel == UNSPLIT or not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
     assert kind is not None  # is_available() said so
@@ -209,14 +211,14 @@ def _device(parallel: Parallel) -> torch.device:
 
 @contextmanager
 def _impersonated(rank: int, size: int) -> Iterator[None]:
-    """This process as rank `rank` of `size` that nobody else is part of: collectives return at once."""
+    """Pretend to be rank `rank` of `size`, of which nobody else exists: collectives return at once."""
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below {size}")
     if size == 1:
         yield
         return
     if dist.is_initialized():
-        raise HostError("this process already has a process group", next_step="derive layouts of other ranks in a process of its own")
+        raise HostError("this process already has a process group", next_step="derive layouts in a process of its own")
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield
@@ -226,7 +228,7 @@ def _impersonated(rank: int, size: int) -> Iterator[None]:
 
 @contextmanager
 def _synchronous() -> Iterator[None]:
-    """transformers materializing weights in the calling thread, the only one its recorder sees."""
+    """Make transformers materialize weights in the calling thread, the only one that a recorder sees."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

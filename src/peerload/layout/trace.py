@@ -43,7 +43,8 @@ DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType({dtype: name fo
 _SHAPE_ONLY: Final = frozenset(
     f"aten::{name}"
     for name in (
-        "empty_like", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
+        "empty_like", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+        "full_like",
     )
 )  # fmt: skip
 
@@ -175,7 +176,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, args: tuple[object, ...]) -> Tensor:
         into, source = args[0], args[1]
-        assert isinstance(into, Tensor) and isinstance(source, Tensor)  # by the operation's schema
+        assert isinstance(into, Tensor)  # by the operation's schema, as is what follows
+        assert isinstance(source, Tensor)
         if not self.known(source):
             raise self._refuse("aten::copy_", [into], "the values come from no checkpoint tensor")
         if source.dtype != into.dtype:
@@ -208,7 +210,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _join(self, stack: bool, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
         operation = "aten::stack" if stack else "aten::cat"
         parts, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        assert isinstance(parts, list | tuple) and isinstance(dim, int)
+        assert isinstance(parts, list | tuple)  # by the operation's schema, as is what follows
+        assert isinstance(dim, int)
         parts = [p for p in parts if stack or p.dim() > 1 or p.numel()]  # cat ignores empty vectors
         stray = [p for p in parts if not self.known(p)]
         if stray:
@@ -287,9 +290,9 @@ def layout_of(
     parameters: Mapping[str, Tensor],
     catalog: Catalog,
     *,
-    parallel: Parallel = Parallel(),
-    rank: int = 0,
-    ignored: Mapping[str, str] = MappingProxyType({}),
+    parallel: Parallel,
+    rank: int,
+    ignored: Mapping[str, str],
 ) -> Layout:
     """Where the (local) `parameters` of a rank keep the tensors of `catalog`: one buffer each, named like the parameter,
     tied ones sharing the first one's. A tied name that the catalog lacks is added to it, as an alias.
@@ -322,8 +325,8 @@ def layout_of(
                 constants.append(Constant(buffer, offset, part.view.shape, strides, part.fill))
                 continue
             stop = tuple(a + n for a, n in zip(part.start, part.view.shape, strict=True))
-            for logical in (part.name, *tied.get(part.name, ())):
-                pieces.append(Piece(catalog.row[logical], Box(part.start, stop), buffer, offset, strides))
+            names = (part.name, *tied.get(part.name, ()))
+            pieces += [Piece(catalog.row[n], Box(part.start, stop), buffer, offset, strides) for n in names]
     nbytes = [parameters[name].numel() * parameters[name].element_size() for name in held]
     return Layout(
         catalog, tuple(held), np.array(nbytes, np.int64), Pieces.of(pieces, catalog.width), tuple(constants),

@@ -13,15 +13,15 @@ from typing import Any, Final, Literal
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 Size = Literal["tiny", "demo"]
 
 _CONFIG: Final = {
-    "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mixtral": "MixtralConfig", "qwen3_moe": "Qwen3MoeConfig",
+    "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mixtral": "MixtralConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
 }  # fmt: skip
 #: 12 query and 12 KV heads divide by 1, 2, 3, 4; the vocabulary and the intermediate size divide by none but 1.
 _TINY: Final = {
@@ -42,7 +42,7 @@ _EXPERTS: Final[dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def model_config(family: Family, size: Size = "tiny", **changes: Any) -> dict[str, Any]:
+def model_config(family: Family, size: Size = "tiny", **changes: object) -> dict[str, Any]:
     """The config.json of a model of this family, as a dictionary; `changes` are config keys."""
     sizes = _TINY if size == "tiny" else _DEMO
     values = {**sizes, **_EXPERTS.get(family, {}), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **changes}
@@ -54,35 +54,27 @@ def model_config(family: Family, size: Size = "tiny", **changes: Any) -> dict[st
 
 
 def make_checkpoint(
-    directory: str | Path, family: Family = "llama", size: Size = "tiny", seed: int = 0, shards: int = 3, **changes: Any
+    directory: str | Path, family: Family = "llama", size: Size = "tiny", seed: int = 0, shards: int = 3, **changes: object
 ) -> Path:
-    """Write a checkpoint into `directory` (made if missing) and return its path. Needs the memory of the model, once."""
-    from ..engines.architecture import catalog_of
-    from ..engines.checkpoint import ModelFiles
-    from ..layout.trace import DTYPES
+    """Save a checkpoint of about `shards` files into `directory` (made if missing) and return its path.
 
+    The model stands in memory once; transformers itself saves it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     values = model_config(family, size, **changes)
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    catalog = catalog_of(ModelFiles.of(directory))
+    config = getattr(transformers, _CONFIG[family]).from_dict(values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.to_empty(device="cpu")
+    model.tie_weights()
     random = torch.Generator().manual_seed(seed)
-    bounds = [catalog.nbytes * (i + 1) // shards for i in range(shards)]
-    written, shard, where = 0, {}, {}
-    for spec in catalog:
-        shard[spec.name] = _values(spec.name, spec.shape, random).to(DTYPES[spec.dtype])
-        written += shard[spec.name].nbytes
-        if written >= bounds[0]:
-            number = shards - len(bounds) + 1
-            file = f"model-{number:05d}-of-{shards:05d}.safetensors"
-            save_file(shard, directory / file, metadata={"format": "pt"})
-            where.update(dict.fromkeys(shard, file))
-            shard = {}
-            bounds = bounds[1:]
-    index = {"metadata": {"total_size": written}, "weight_map": where}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_values(name, tuple(parameter.shape), random))
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, max_new_tokens=32)  # type: ignore[no-untyped-call]
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(directory, max_shard_size=nbytes // shards + 1)
     tokenizer(values["vocab_size"]).save_pretrained(directory)
-    GenerationConfig(bos_token_id=0, eos_token_id=1, do_sample=False, max_new_tokens=32).save_pretrained(directory)
     return directory
 
 
@@ -100,7 +92,9 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",  # noqa: S106 tokens of a vocabulary
+    )
 
 
 def _values(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
