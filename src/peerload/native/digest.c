@@ -42,10 +42,10 @@ static uint64_t reduce(u128 x) /* x < 2^122 */
     return r >= PRIME ? r - PRIME : r;
 }
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-static void multiply(const word *w, const uint32_t *b0, const uint32_t *b1, const uint32_t *b2, int64_t n, uint64_t *sum)
+/* Add n words times the limbs of B that belong to them, limb by limb. */
+typedef void multiplier(const word *w, const uint32_t *b0, const uint32_t *b1, const uint32_t *b2, int64_t n, uint64_t *sum);
+
+static void multiply_anywhere(const word *w, const uint32_t *b0, const uint32_t *b1, const uint32_t *b2, int64_t n, uint64_t *sum)
 {
     uint64_t s0 = 0, s1 = 0, s2 = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -57,6 +57,46 @@ static void multiply(const word *w, const uint32_t *b0, const uint32_t *b1, cons
     sum[1] += s1;
     sum[2] += s2;
 }
+
+static multiplier *multiply = multiply_anywhere;
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+/* The same with two words to a lane: even ones as they are, odd ones shifted down. Compilers find neither this nor anything
+ * half as fast by themselves. V: a vector of WORDS words; it adds with + in GCC and Clang. */
+#define MULTIPLIER(NAME, TARGET, V, WORDS, LOAD, MUL, SHIFT)                                                                  \
+    __attribute__((target(TARGET))) static void NAME(const word *w, const uint32_t *b0, const uint32_t *b1,                  \
+                                                     const uint32_t *b2, int64_t n, uint64_t *sum)                           \
+    {                                                                                                                        \
+        const uint32_t *limbs[3] = {b0, b1, b2};                                                                             \
+        V total[3] = {{0}, {0}, {0}};                                                                                        \
+        int64_t i = 0;                                                                                                       \
+        for (; i + WORDS <= n; i += WORDS) {                                                                                 \
+            V even = LOAD((const void *)(w + i)), odd = SHIFT(even, 32);                                                     \
+            for (int k = 0; k < 3; k++) {                                                                                    \
+                V b = LOAD((const void *)(limbs[k] + i));                                                                    \
+                total[k] += MUL(even, b) + MUL(odd, SHIFT(b, 32));                                                           \
+            }                                                                                                                \
+        }                                                                                                                    \
+        for (int k = 0; k < 3; k++)                                                                                          \
+            for (int lane = 0; lane < WORDS / 2; lane++)                                                                     \
+                sum[k] += (uint64_t)total[k][lane];                                                                          \
+        multiply_anywhere(w + i, b0 + i, b1 + i, b2 + i, n - i, sum);                                                        \
+    }
+
+MULTIPLIER(multiply_avx2, "avx2", __m256i, 8, _mm256_loadu_si256, _mm256_mul_epu32, _mm256_srli_epi64)
+MULTIPLIER(multiply_avx512, "avx512f", __m512i, 16, _mm512_loadu_si512, _mm512_mul_epu32, _mm512_srli_epi64)
+
+__attribute__((constructor)) static void choose_multiplier(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f"))
+        multiply = multiply_avx512;
+    else if (__builtin_cpu_supports("avx2"))
+        multiply = multiply_avx2;
+}
+#endif
 
 /* A word of which only n < 4 bytes, from byte `skip` of it, belong to the box. */
 static void multiply_part(const uint8_t *at, int64_t j, int64_t skip, int64_t n, uint64_t *sum)
