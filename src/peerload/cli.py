@@ -12,7 +12,7 @@ from importlib.metadata import version
 from types import FrameType, ModuleType
 
 from .console import Console
-from .errors import ConfigError, PeerloadError
+from .errors import PeerloadError
 
 #: Name, one line of help; each has a module in `commands/` with `configure(parser)` and `run(args, console)`.
 COMMANDS = {
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.say("interrupted")
         return 130
-    except Exception as error:  # noqa: BLE001 - the last line of defence of a process: say it, with the traceback
+    except Exception as error:
         logging.getLogger(__name__).critical("unexpected error", exc_info=True)
         console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))
         return 1
@@ -87,14 +87,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
     raise _Interrupted
-
-
-def parse_parallel(text: str) -> dict[str, int]:
-    """`tp=4,pp=2` as a mapping. Raises ConfigError."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in ("tp", "pp", "ep") or not value.isdigit() or int(value) < 1:
-            raise ConfigError(f"{text!r} is no parallel layout", next_step="write it as in tp=4 or tp=8,ep=8")
-        sizes[name] = int(value)
-    return sizes

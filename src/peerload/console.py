@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .errors import PeerloadError, PlanError
+
+
+#: Columns of a table that goes to a file or a pipe.
+WIDTH = 160
 
 
 class Console:
@@ -19,7 +24,7 @@ class Console:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
-        self.out = RichConsole(highlight=False, markup=False, soft_wrap=True)
+        self.out = RichConsole(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
         self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -33,11 +38,24 @@ class Console:
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as progress:
             yield progress
 
+    @contextmanager
+    def rank_progress(self) -> Iterator[Callable[[int, int, int], None]]:
+        """A bar for each rank: yields show(rank, done, total), which any thread may call."""
+        with self.progress() as progress:
+            bars: dict[int, TaskID] = {}
+
+            def show(rank: int, done: int, total: int) -> None:
+                if rank not in bars:
+                    bars[rank] = progress.add_task(f"rank {rank}", total=total)
+                progress.update(bars[rank], completed=done)
+
+            yield show
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "") -> None:
         """Numbers to the right, words to the left. Printed only for people."""
         if self.json:
             return
-        table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+        table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", box=SIMPLE_HEAD)
         for i, column in enumerate(columns):
             numeric = bool(rows) and not isinstance(rows[0][i], str)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")

@@ -64,15 +64,19 @@ class Receipt:
         """Bytes on the wire for each byte needed; 1.0 is exact."""
         return self.wire_nbytes / self.needed_nbytes if self.needed_nbytes else 1.0
 
-    def to_json(self) -> str:
-        """One JSON object on one line; `digest` in hexadecimal."""
-        fields = dataclasses.asdict(self)
+    def to_dict(self) -> dict[str, object]:
+        """For JSON; `digest` in hexadecimal."""
+        fields: dict[str, object] = dataclasses.asdict(self)
         fields["sources"] = {name: {"nbytes": r.nbytes, "operations": r.operations} for name, r in self.sources.items()}
         fields["seconds"] = {phase: round(seconds, 6) for phase, seconds in self.seconds.items()}
         fields["digest"] = f"{self.digest:016x}"
         fields["transfer_gb_per_s"] = round(self.transfer_gb_per_s, 3)
         fields["overhead"] = round(self.overhead, 6)
-        return json.dumps(fields)
+        return fields
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())

@@ -26,6 +26,7 @@ from .memory import Arena
 from .rpc.client import CoordinatorClient, Lease
 from .transfer import FENCE_NBYTES, fence
 from .transport.base import Transport
+from .transport.files import FilesTransport
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Seed:
         binding = Binding(
             SourceId(self._instance, self._layout.rank, generation),
             self._address,
-            tuple(Endpoint(name, transport.describe()) for name, transport in self._transports.items()),
+            tuple(Endpoint(name, t.describe()) for name, t in self._transports.items() if name != FilesTransport.name),
             digests=digests,
             fence_address=self._fence.fence_address,
             attributes=self._attributes,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..config import KEYS, Config
+from ..errors import ConfigError
+from ..manifest import Parallel
 
 
 def add_config(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -25,3 +27,26 @@ def config_of(args: argparse.Namespace, **changes: object) -> Config:
     """The configuration document with this command's flags, and then `changes`, laid over it."""
     flags = {name: getattr(args, name) for name in KEYS if getattr(args, name, None) is not None}
     return Config.load(args.config, **{**flags, **changes})
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallel layout")
+    for name, text in (("tp", "tensor-parallel"), ("pp", "pipeline-parallel"), ("ep", "expert-parallel")):
+        group.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{text} size (default: %(default)s)")
+
+
+def parallel_of(args: argparse.Namespace) -> Parallel:
+    if min(args.tp, args.pp, args.ep) < 1:
+        raise ConfigError("--tp, --pp and --ep must be at least 1")
+    return Parallel(args.tp, args.pp, args.ep)
+
+
+def parse_parallel(text: str) -> Parallel:
+    """`tp=4,pp=2` as a parallel layout. Raises ConfigError."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("tp", "pp", "ep") or not value.isdigit() or int(value) < 1 or name in sizes:
+            raise ConfigError(f"{text!r} is no parallel layout", next_step="write it as in tp=4 or tp=8,ep=8")
+        sizes[name] = int(value)
+    return Parallel(**sizes)

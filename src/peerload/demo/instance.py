@@ -41,7 +41,7 @@ class RankSpec:
     config: Config
     rendezvous: str
     log_path: str
-    prompts: tuple[tuple[int, ...], ...] = ()
+    prompts: tuple[str, ...] = ()
     new_tokens: int = 16
 
 

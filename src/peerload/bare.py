@@ -1,0 +1,86 @@
+"""Ranks without an engine: buffers in an arena of their own. What `peerload seed` serves and `peerload pull` fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from .config import Config
+from .errors import CommitError
+from .geometry import IntArray
+from .load import Job, Member, load
+from .manifest import Layout, ModelKey, Offer
+from .memory import Arena, Placed, regions_for
+from .receipt import Receipt
+from .rpc.client import CoordinatorClient
+from .transport.base import Region, Transport
+from .transport.registry import open_transports
+
+#: Buffers begin at multiples of this, bytes.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BareRank:
+    """Untouched memory for every buffer of `layout`, at `address` [buffers]. Owns `arena`."""
+
+    layout: Layout
+    address: IntArray
+    arena: Arena
+
+    @classmethod
+    def of(cls, layout: Layout) -> Self:
+        sizes = layout.buffer_nbytes.tolist()
+        arena = Arena(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes) or 1)
+        return cls(layout, np.array([arena.allocate(n, ALIGNMENT) for n in sizes], np.int64), arena)
+
+    def regions(self, registration: str) -> list[Region]:
+        block, sizes = self.arena.region(), self.layout.buffer_nbytes.tolist()
+        return regions_for([Placed(a, n, block) for a, n in zip(self.address.tolist(), sizes, strict=True)], registration)
+
+
+@contextmanager
+def bare_ranks(
+    layouts: Sequence[Layout],
+    model: ModelKey,
+    member: Member,
+    config: Config,
+    coordinator: CoordinatorClient,
+    *,
+    reserve: Sequence[Offer] = (),
+    on_bytes: Callable[[int, int, int], None] = lambda *_: None,
+) -> Iterator[tuple[list[tuple[BareRank, Receipt]], Mapping[str, Transport]]]:
+    """Load every rank in this process, each on a thread of its own; yields ranks with receipts, and the transports that
+    know their memory. All is freed when the block ends.
+
+    `member` names the instance; its size is that of the whole instance, or 1 for ranks that load by themselves.
+    on_bytes(rank, done, wanted). Raises what `load` raises, the cause before ranks that only heard of it."""
+    opened = open_transports(config)
+    ranks = [BareRank.of(layout) for layout in layouts]
+    try:
+
+        def fill(rank: BareRank) -> Receipt:
+            number = rank.layout.rank
+            job = Job(
+                model, rank.layout, rank.address, rank.regions(config.registration), replace(member, rank=number), opened, config,
+                coordinator=coordinator, reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(number, done, wanted),
+            )  # fmt: skip
+            return load(job)
+
+        with ThreadPoolExecutor(len(ranks), "peerload-rank") as pool:
+            futures = [pool.submit(fill, rank) for rank in ranks]
+        errors = [error for f in futures if (error := f.exception()) is not None]
+        if errors:
+            raise min(errors, key=lambda e: isinstance(e, CommitError))
+        yield [(rank, f.result()) for rank, f in zip(ranks, futures, strict=True)], opened
+    finally:
+        for transport in opened.values():
+            with closing(transport):
+                pass
+        for rank in ranks:
+            rank.arena.close()

@@ -1,0 +1,102 @@
+"""Load what each rank of an instance needs out of running seeds, verify it, and write it as safetensors: one file a rank,
+byte-identical to a direct shard of the checkpoint. Needs no copy of the model: seeds publish its configuration.
+
+Examples:
+  peerload pull --model my-llama --tp 4 --out shards/ --url coordinator:7070
+  peerload pull --model my-llama --tp 4 --rank 2 --out shards/
+
+A rank pulled alone can't prove a tensor of which the seeds announce a larger part than it reads; the receipt says how many
+bytes that are. Pull all ranks to prove every byte.
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..console import Console
+from ..deadline import Deadline
+from ..errors import ConfigError, SourcesExhausted
+from ..manifest import ModelKey
+from ..rpc.client import CoordinatorClient
+from .options import add_config, add_parallel, config_of, parallel_of
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the model at the coordinator (see `peerload ls`)")
+    parser.add_argument("--rank", type=int, default=None, metavar="R", help="only this rank (default: all ranks)")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where to write rank-RRRRR-of-NNNNN.safetensors")
+    add_parallel(parser)
+    add_config(
+        parser, "url", "revision", "transport", "registration", "match", "verify", "wait_s", "deadline_s", "staging_bytes", "threads"
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from ..bare import bare_ranks
+    from ..engines.checkpoint import ModelFiles
+    from ..engines.shards import write_rank
+    from ..engines.transformers import layout_for
+    from ..load import Member
+
+    config, parallel = config_of(args, fallback="fail"), parallel_of(args)
+    size = parallel.tp * parallel.pp
+    if args.rank is not None and not 0 <= args.rank < size:
+        raise ConfigError(f"--rank is {args.rank}, {parallel} has ranks 0 to {size - 1}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        client = stack.enter_context(CoordinatorClient(config.url))
+        model = _resolve(client, args.model, config.revision, config.wait_s)
+        catalog = client.discover(model)[0].layout.catalog
+        files = ModelFiles(client.discover_files(model))
+        wanted = range(size) if args.rank is None else [args.rank]
+        layouts = [layout_for(files, parallel, rank, catalog) for rank in wanted]
+        member = Member(f"pull-{uuid.uuid4().hex[:6]}", size=1 if args.rank is not None else size, launch=uuid.uuid4().hex)
+        show = stack.enter_context(console.rank_progress())
+        ranks, _ = stack.enter_context(bare_ranks(layouts, model, member, config, client, on_bytes=show))
+        paths = [write_rank(args.out, rank, size) for rank, _ in ranks]
+    receipts = [receipt for _, receipt in ranks]
+    console.document({"model": str(model), "files": [str(p) for p in paths], "receipts": [r.to_dict() for r in receipts]})
+    console.table(
+        f"{model} as {parallel}",
+        ("rank", "needed MB", "wire MB", "verified MB", "operations", "GB/s", "seconds", "file"),
+        [
+            (
+                r.rank, f"{r.needed_nbytes / 1e6:.1f}", f"{r.wire_nbytes / 1e6:.1f}", f"{r.verified_nbytes / 1e6:.1f}", r.operations,
+                f"{r.transfer_gb_per_s:.1f}", f"{r.wall_s:.2f}", str(path),
+            )
+            for r, path in zip(receipts, paths, strict=True)
+        ],
+    )  # fmt: skip
+    unproven = sum(r.unverified_nbytes for r in receipts)
+    if unproven and config.verify:
+        console.say(f"{unproven / 1e6:.1f} MB could not be proven by the ranks that were pulled")
+    return 0
+
+
+def _resolve(client: CoordinatorClient, name: str, revision: str, wait_s: float) -> ModelKey:
+    """The model of that name, whatever its revision if there is only one. Waits up to `wait_s` for a seed of it."""
+
+    def found() -> list[ModelKey]:
+        held = {h.model for h in client.status().holdings if h.model.name == name}
+        return sorted(m for m in held if not revision or m.revision == revision)
+
+    deadline, models = Deadline.after(wait_s), found()
+    while not models and deadline.remaining_s > 0:
+        time.sleep(0.2)
+        models = found()
+    if not models:
+        known = ", ".join(sorted({str(h.model) for h in client.status().holdings})) or "nothing"
+        raise SourcesExhausted(
+            f"nobody offers {name}{'@' + revision if revision else ''} at coordinator {client.url}, which knows {known}",
+            next_step="start a seed, or wait for one with --wait-s",
+        )
+    if len(models) > 1:
+        raise ConfigError(
+            f"{name} is offered in revisions {', '.join(m.revision for m in models)}", next_step="choose with --revision"
+        )
+    return models[0]

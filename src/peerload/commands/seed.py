@@ -1,0 +1,73 @@
+"""Serve a checkpoint's weights from memory, without an engine: each rank of the given layout is loaded (from running seeds if
+there are any, else from disk) and offered until Ctrl-C. What a rank holds follows from the model's own parallel plan.
+
+Example:
+  peerload seed --checkpoint /models/my-llama --tp 2 --url coordinator:7070
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import uuid
+from contextlib import ExitStack
+
+from ..console import Console
+from .options import add_config, add_parallel, config_of, parallel_of
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a directory with config.json and safetensors files")
+    parser.add_argument("--instance", default="", metavar="NAME", help="name of this instance (default: seed- and random digits)")
+    add_parallel(parser)
+    add_config(
+        parser, "url", "model_name", "revision", "transport", "registration", "match", "verify", "fallback", "wait_s", "deadline_s", "threads"
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from ..bare import bare_ranks
+    from ..engines.checkpoint import Checkpoint, ModelFiles
+    from ..engines.transformers import layout_for
+    from ..load import Member
+    from ..rpc.client import CoordinatorClient
+    from ..seed import Seed
+
+    config, parallel = config_of(args), parallel_of(args)
+    checkpoint = Checkpoint.open(args.checkpoint)
+    files = ModelFiles.of(args.checkpoint)
+    model = checkpoint.key(config.model_name, config.revision)
+    instance = args.instance or f"seed-{uuid.uuid4().hex[:6]}"
+    size = parallel.tp * parallel.pp
+    console.say(f"{instance}: working out what {size} ranks of {model} hold")
+    layouts = [layout_for(files, parallel, rank, checkpoint.catalog) for rank in range(size)]
+    with ExitStack() as stack:
+        client = stack.enter_context(CoordinatorClient(config.url))
+        show = stack.enter_context(console.rank_progress())
+        member = Member(instance, size=size, launch=uuid.uuid4().hex)
+        loading = bare_ranks(layouts, model, member, config, client, reserve=[checkpoint.offer()], on_bytes=show)
+        ranks, transports = stack.enter_context(loading)
+        for rank, _ in ranks:
+            stack.enter_context(
+                Seed(
+                    model, rank.layout, rank.address, coordinator=client, transports=transports, instance=instance,
+                    files=files.contents, attributes={"engine": "none"}, digests=config.verify, threads=config.threads,
+                )
+            )  # fmt: skip
+        held = sum(rank.layout.nbytes for rank, _ in ranks)
+        console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")
+        console.document(
+            {
+                "instance": instance,
+                "model": str(model),
+                "parallel": str(parallel),
+                "bytes": held,
+                "receipts": [r.to_dict() for _, r in ranks],
+            }
+        )
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            console.say(f"{instance}: withdrawing")
+    return 0

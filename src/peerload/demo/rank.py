@@ -1,0 +1,155 @@
+"""The process of one rank: it opens the engine's model, loads, generates, says what it has, and serves until told to stop.
+
+Imported once by the server that ranks are forked from, so that the engine is imported once for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+import transformers.models.llama.modeling_llama
+from transformers import PreTrainedModel
+
+from ..engines.replica import replica
+from ..engines.transformers import greedy, parameters_of, stock_model
+from ..errors import PeerloadError
+from ..load import Member
+from ..manifest import Parallel
+from .instance import RankSpec
+
+
+def run_rank(spec: RankSpec, link: Connection) -> None:
+    """Everything a rank does, its errors reported over `link`."""
+    _settle_down(spec)
+    try:
+        with ExitStack() as stack:
+            if spec.size > 1:
+                rendezvous = f"file://{spec.rendezvous}"
+                dist.init_process_group("gloo", init_method=rendezvous, rank=spec.rank, world_size=spec.size)
+                stack.callback(dist.destroy_process_group)
+            model = _from_disk(spec, link) if spec.role == "disk" else _from_peers(spec, link, stack)
+            tokens, text = _generate(model, spec)
+            link.send({"kind": "generated", "tokens": tokens, "text": text, "checksums": checksums(model)})
+            _wait_for_stop(link)
+        link.send({"kind": "stopped"})
+    except KeyboardInterrupt:
+        return
+    except PeerloadError as error:
+        traceback.print_exc()
+        link.send({"kind": "error", "message": error.message, "exit_code": error.exit_code})
+    except Exception as error:  # noqa: BLE001 - the last line of defence of a process: say it, with the traceback
+        traceback.print_exc()
+        link.send({"kind": "error", "message": f"{type(error).__name__}: {error}", "exit_code": 1})
+
+
+def _settle_down(spec: RankSpec) -> None:
+    """Output to the log, one compute thread for each rank, Ctrl-C left to the parent, SIGTERM a clean way out."""
+    log = os.open(spec.log_path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(1)
+
+
+def _from_disk(spec: RankSpec, link: Connection) -> PreTrainedModel:
+    begun_s = time.perf_counter()
+    model = stock_model(spec.model_dir, Parallel(tp=spec.size))
+    link.send({"kind": "loaded", "seconds": time.perf_counter() - begun_s})
+    return model
+
+
+def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTrainedModel:
+    before = {"rss": 0}
+
+    def on_opened() -> None:
+        if spec.size > 1:
+            dist.barrier()  # so that all ranks begin to load at once, and the figures compare
+        before["rss"] = _reset_peak_rss()
+        link.send({"kind": "opened"})
+
+    mine = stack.enter_context(
+        replica(
+            spec.model_dir, Parallel(tp=spec.size), Member(spec.instance, spec.rank, spec.size, spec.rendezvous), spec.config,
+            attributes={"engine": f"transformers {transformers_version()}"}, on_opened=on_opened, on_bytes=_reporter(link),
+        )
+    )  # fmt: skip
+    link.send(
+        {
+            "kind": "loaded", "receipt": mine.receipt.to_json(), "engine_s": mine.engine_s, "rss_before": before["rss"],
+            "rss_peak": _peak_rss(), "held_nbytes": mine.opened.layout.nbytes,
+        }
+    )  # fmt: skip
+    return mine.opened.model
+
+
+def _generate(model: PreTrainedModel, spec: RankSpec) -> tuple[list[list[int]], list[str]]:
+    """Greedy continuations of the prompts, as token ids and as text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model_dir)
+    tokens = [greedy(model, tokenizer(prompt).input_ids, spec.new_tokens) for prompt in spec.prompts]
+    return tokens, [tokenizer.decode(ids) for ids in tokens]
+
+
+def _reporter(link: Connection) -> Callable[[str, int, int], None]:
+    last_s = [0.0]
+
+    def report(_phase: str, done: int, total: int) -> None:
+        now_s = time.perf_counter()
+        if done >= total or now_s - last_s[0] > 0.1:
+            last_s[0] = now_s
+            link.send({"kind": "progress", "done": done, "total": total})
+
+    return report
+
+
+def _wait_for_stop(link: Connection) -> None:
+    try:
+        while link.recv() != "stop":
+            pass
+    except EOFError:  # the parent is gone
+        return
+
+
+def checksums(model: PreTrainedModel) -> dict[str, str]:
+    """SHA-256 of this rank's bytes of every parameter and buffer."""
+    found = {}
+    for name, tensor in parameters_of(model).items():
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        found[name] = hashlib.sha256(flat.numpy().data).hexdigest()
+    return found
+
+
+def transformers_version() -> str:
+    return transformers.__version__
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes (proc(5))."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _reset_peak_rss() -> int:
+    """Resident bytes now, which become the peak so far (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak_rss() -> int:
+    return _status("VmHWM")

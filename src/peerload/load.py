@@ -1,0 +1,328 @@
+"""The job: discover, plan, transfer, verify, commit. One target rank loads its weights out of its peers' memory.
+
+First try, lost source, a range that arrived wrong, and disk fallback are the same lines with other arguments: what is
+still wanted is planned again over the offers that are still trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import Config
+from .deadline import Deadline
+from .digest import DigestArray, digest_boxes
+from .errors import CommitError, ConfigError, PeerloadError, PlanError, SourcesExhausted, VerifyError
+from .geometry import IntArray
+from .manifest import Layout, ModelKey, Offer, SourceId
+from .memory import fill
+from .plan import Plan, Wants, make_plan
+from .receipt import Read, Receipt
+from .rpc.client import CoordinatorClient
+from .transfer import Outcome, Reader
+from .transport.base import Region, Transport
+from .verify import Claims, Measured, State, Verdict, compare
+
+log = logging.getLogger(__name__)
+
+#: Times a range that arrived wrong is read again before the load is given up.
+REREADS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """The target rank that loads: rank `rank` of the `size` ranks of `instance`. All ranks commit, or none does.
+
+    launch: the same for all ranks of one life of the instance and new in the next (a run id), so that nobody takes part
+    in a vote of the past."""
+
+    instance: str
+    rank: int = 0
+    size: int = 1
+    launch: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One rank's load. The caller owns the buffers at `address` [buffers of layout], which lie in `regions`, the
+    transports and the coordinator's client (None: read only `reserve`), and keeps them until `load` returns.
+
+    reserve: offers of last resort, such as a checkpoint on disk, read for what no seed supplies.
+    on_bytes(phase, done, wanted): progress, called from several threads."""
+
+    model: ModelKey
+    layout: Layout
+    address: IntArray
+    regions: Sequence[Region]
+    member: Member
+    transports: Mapping[str, Transport]
+    config: Config
+    coordinator: CoordinatorClient | None = None
+    reserve: Sequence[Offer] = ()
+    on_bytes: Callable[[str, int, int], None] = lambda *_: None
+
+
+def load(job: Job) -> Receipt:
+    """Fill the buffers. Returns when every rank of the instance holds proven bytes; raises otherwise, on every rank."""
+    if job.member.size > 1 and job.coordinator is None:
+        raise ConfigError("several ranks can't agree without a coordinator", next_step="give its url")
+    run = _Run(job, Deadline.after(job.config.deadline_s))
+    try:
+        offers = run.discover()
+        with run.registered() as reader:
+            wants = Wants.of(job.layout)
+            while True:
+                run.fetch(wants, offers, reader)
+                verdict = run.verify(offers)
+                if run.all_agree(verdict):
+                    return run.receipt(verdict)
+                wants = run.doubted(verdict)
+    except BaseException as error:
+        run.abort(error)
+        raise
+
+
+@dataclass(slots=True)
+class _Filled:
+    """What has been read so far, as columns that grow: boxes of layout pieces, whom they came from, their digests."""
+
+    piece: IntArray
+    start: IntArray
+    stop: IntArray
+    source: IntArray
+    digest: DigestArray
+
+    @classmethod
+    def nothing(cls, width: int) -> _Filled:
+        none, boxes = np.zeros(0, np.int64), np.zeros((0, width), np.int64)
+        return cls(none, boxes, boxes, none, np.zeros(0, np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    def take(self, rows: npt.NDArray[np.generic]) -> _Filled:
+        return _Filled(self.piece[rows], self.start[rows], self.stop[rows], self.source[rows], self.digest[rows])
+
+    def add(self, piece: IntArray, start: IntArray, stop: IntArray, source: IntArray, digest: DigestArray) -> None:
+        self.piece, self.source = np.append(self.piece, piece), np.append(self.source, source)
+        self.start, self.stop = np.concatenate([self.start, start]), np.concatenate([self.stop, stop])
+        self.digest = np.append(self.digest, digest)
+
+
+class _Run:
+    """The state of one `load`: what is filled, who is lost, who is mistrusted, and how long each phase took."""
+
+    def __init__(self, job: Job, deadline: Deadline) -> None:
+        self.job, self.deadline = job, deadline
+        self.begun_s = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.filled = _Filled.nothing(job.layout.catalog.width)
+        self.sources: list[str] = []
+        self.read_from: dict[str, Read] = {}
+        self.failures: dict[SourceId, str] = {}
+        self.mistrusted: set[str] = set()
+        self.wire_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
+        self.round = self.rereads = self.hashed = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def discover(self) -> list[Offer]:
+        """Everyone who holds this model, whatever their layout; waits up to `wait_s` until they hold all we want."""
+        job, coordinator = self.job, self.job.coordinator
+        if coordinator is None:
+            return []
+
+        def others(offers: Sequence[Offer]) -> list[Offer]:
+            return [o for o in offers if o.source.instance != job.member.instance]
+
+        def enough(offers: Sequence[Offer]) -> bool:
+            try:
+                make_plan(job.layout, others(offers), match=job.config.match)
+            except PlanError:
+                return False
+            return True
+
+        with self.phase("discover"):
+            if job.config.wait_s == 0:
+                return others(coordinator.discover(job.model))
+            return others(coordinator.wait_for(job.model, self.deadline.within(job.config.wait_s), enough))
+
+    @contextmanager
+    def registered(self) -> Iterator[Reader]:
+        """Our buffers and staging memory known to every transport, constants written."""
+        with Reader(self.job.transports, self.job.config.staging_bytes) as reader:
+            with self.phase("register"):
+                for transport in self.job.transports.values():
+                    transport.register([*self.job.regions, *reader.regions()])
+                for constant in self.job.layout.constants:
+                    fill(constant, self.job.address)
+            yield reader
+
+    def fetch(self, wants: Wants, offers: Sequence[Offer], reader: Reader) -> None:
+        """Read all of `wants`; a source that fails gives its remainder back to the planner."""
+        total, done = wants.nbytes, 0
+
+        def on_bytes(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.job.on_bytes("transfer", done, total)
+
+        while len(wants) or wants.opaque:
+            with self.phase("plan"):
+                plan = self._plan(wants, offers)
+            with self.phase("transfer"):
+                outcome = reader.read(plan, self.job.address, self.deadline, on_bytes)
+            self._note(plan, outcome)
+            wants = plan.rest(outcome.undone, outcome.undone_opaques)
+
+    def _plan(self, wants: Wants, offers: Sequence[Offer]) -> Plan:
+        """Over the offers we still trust; when they don't suffice, over all that still answer."""
+        config, member = self.job.config, self.job.member
+        alive = [o for o in offers if o.source not in self.failures]
+        reserve = [o for o in self.job.reserve if o.source not in self.failures] if config.fallback == "disk" else []
+        trusted = [o for o in alive if str(o.source) not in self.mistrusted]
+        salt = f"{member.instance}/{member.rank}"
+        try:
+            plan = make_plan(wants, trusted, reserve=reserve, match=config.match, salt=salt)
+        except PlanError as error:
+            if len(trusted) == len(alive):
+                raise self._exhausted(error) from error
+            plan = make_plan(wants, alive, reserve=reserve, match=config.match, salt=salt)
+        return plan
+
+    def _exhausted(self, error: PlanError) -> PeerloadError:
+        if not self.failures:
+            return error
+        lost = "; ".join(f"{source} ({problem})" for source, problem in self.failures.items())
+        return SourcesExhausted(f"rank {self.job.member.rank} lost {lost}, and nobody else can supply the rest\n{error.message}",
+                                next_step="start another seed, or allow fallback=disk")  # fmt: skip
+
+    def _note(self, plan: Plan, outcome: Outcome) -> None:
+        for source, error in outcome.failures.items():
+            log.warning("peerload: rank %d: %s; planning the rest anew", self.job.member.rank, error.message)
+            self.failures[source] = error.problem
+        done = np.setdiff1d(np.arange(len(plan)), outcome.undone)
+        names = [str(o.source) for o in plan.offers]
+        self.sources += [name for name in names if name not in self.sources]
+        number = np.array([self.sources.index(name) for name in names], np.int64)
+        piece, start, stop = plan.wants.piece[plan.want[done]], plan.start[done], plan.stop[done]
+        self.filled.add(piece, start, stop, number[plan.offer[done]], np.zeros(len(done), np.uint64))
+        nbytes = np.bincount(plan.offer[done], plan.copy_nbytes[done], len(names)).astype(np.int64)
+        copies = np.bincount(plan.offer[done], minlength=len(names))
+        for name, size, count in zip(names, nbytes.tolist(), copies.tolist(), strict=True):
+            if count:
+                before = self.read_from.get(name, Read(0, 0))
+                self.read_from[name] = Read(before.nbytes + size, before.operations + count)
+        self.wire_nbytes += outcome.wire_nbytes
+        self.operations += outcome.operations
+        self.staging_nbytes = max(self.staging_nbytes, outcome.staging_nbytes)
+
+    def verify(self, offers: Sequence[Offer]) -> Verdict:
+        """Hash what arrived since the last time, exchange the numbers with the other ranks, and compare all of them with
+        what the sources announced."""
+        catalog, filled = self.job.layout.catalog, self.filled
+        with self.phase("verify"):
+            if self.job.config.verify:
+                filled.digest[self.hashed :] = self._hash(filled.take(np.arange(self.hashed, len(filled))))
+                self.hashed = len(filled)
+            else:
+                filled = _Filled.nothing(catalog.width)
+            rank = np.full(len(filled), self.job.member.rank)
+            tensor = self.job.layout.pieces.tensor[filled.piece]
+            sources = tuple(self.sources)
+            mine = Measured(catalog, rank, tensor, filled.start, filled.stop, filled.digest, filled.source, sources)
+        parts = self._exchange(mine.encode())
+        with self.phase("verify"):
+            measured = Measured.join([Measured.decode(part, catalog) for part in parts])
+            read = set(measured.sources)
+            return compare(Claims.of(catalog, [o for o in offers if str(o.source) in read]), measured)
+
+    def _hash(self, boxes: _Filled) -> DigestArray:
+        pieces, tensor = self.job.layout.pieces, self.job.layout.pieces.tensor[boxes.piece]
+        stride = pieces.stride[boxes.piece]
+        address = self.job.address[pieces.buffer[boxes.piece]] + pieces.offset[boxes.piece]
+        address = address + ((boxes.start - pieces.start[boxes.piece]) * stride).sum(axis=1)
+        catalog, threads = self.job.layout.catalog, self.job.config.threads
+        return digest_boxes(catalog, tensor, boxes.start, boxes.stop, address, stride, threads=threads)
+
+    def all_agree(self, verdict: Verdict) -> bool:
+        """Commit if every rank is content. Raises VerifyError when sources contradict each other, or when ranges have
+        arrived wrong too often."""
+        if verdict.contradictions:
+            raise VerifyError(
+                "the sources hold different weights\n" + _listed(verdict.contradictions),
+                next_step="withdraw the seed that is wrong, or give the weights different revisions",
+            )
+        said = [str(m) for m in verdict.mismatches[:20]]
+        doubts = [line for part in self._exchange(json.dumps(said).encode()) for line in json.loads(part)]
+        if doubts and self.rereads >= REREADS:
+            raise VerifyError(f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(set(doubts))))
+        return not doubts
+
+    def doubted(self, verdict: Verdict) -> Wants:
+        """What this rank has to read again, from elsewhere if anybody else has it."""
+        for mismatch in verdict.mismatches:
+            log.warning("peerload: rank %d: %s; reading it again", self.job.member.rank, mismatch)
+        self.rereads += 1
+        wrong = verdict.wrong(self.job.member.rank)
+        bad, layout = self.filled.take(wrong), self.job.layout
+        self.mistrusted |= {self.sources[i] for i in np.unique(bad.source).tolist()}
+        self.filled = self.filled.take(np.setdiff1d(np.arange(len(self.filled)), wrong))
+        self.hashed = len(self.filled)
+        wants = Wants(layout, bad.piece, bad.start, bad.stop)
+        self.reread_nbytes += wants.nbytes
+        return wants
+
+    def _exchange(self, payload: bytes) -> list[bytes]:
+        """Every rank's payload, by rank, once all have sent theirs. Raises CommitError if one has given up."""
+        member, coordinator = self.job.member, self.job.coordinator
+        if coordinator is None or member.size == 1:
+            return [payload]
+        with self.phase("commit"):
+            parts = coordinator.agree(self._group, self.round, member.rank, member.size, payload, self.deadline)
+        self.round += 1
+        return parts
+
+    @property
+    def _group(self) -> str:
+        return f"{self.job.member.instance}/{self.job.member.launch}"
+
+    def abort(self, error: BaseException) -> None:
+        """Let the other ranks know, so that none of them waits or serves."""
+        member, coordinator = self.job.member, self.job.coordinator
+        if coordinator is None or member.size == 1 or isinstance(error, CommitError):
+            return
+        reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
+        try:
+            coordinator.abort(self._group, self.round, member.rank, member.size, reason)
+        except PeerloadError as unheard:
+            log.warning("peerload: rank %d could not tell the others that it gave up: %s", member.rank, unheard.message)
+
+    def receipt(self, verdict: Verdict) -> Receipt:
+        rank = self.job.member.rank
+        proven = verdict.nbytes(State.PROVEN, rank)
+        needed = Wants.of(self.job.layout).nbytes
+        return Receipt(
+            model=str(self.job.model), rank=rank, sources=dict(self.read_from), needed_nbytes=needed, wire_nbytes=self.wire_nbytes,
+            operations=self.operations, seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
+            verified_nbytes=proven, unverified_nbytes=needed - proven, reread_nbytes=self.reread_nbytes,
+            staging_nbytes=self.staging_nbytes, digest=verdict.digest, digest_tensors=verdict.digest_tensors,
+        )  # fmt: skip
+
+
+def _listed(rows: Sequence[object]) -> str:
+    more = f"\n  ... and {len(rows) - 10} more" if len(rows) > 10 else ""
+    return "\n".join(f"  {row}" for row in rows[:10]) + more
