@@ -9,7 +9,7 @@ typedef uint32_t __attribute__((aligned(1), may_alias)) word; /* bytes of a tens
 
 #define PRIME ((UINT64_C(1) << 61) - 1)
 /* The sums of `multiply` over one segment stay below 2^63: 2^10 words times 2^32 times 2^21. */
-enum { SEGMENT_WORDS = 1024, SEGMENT_BYTES = 4 * SEGMENT_WORDS, LIMB_BITS = 21, MAX_DIMS = 8 };
+enum { SEGMENT_WORDS = 1024, SEGMENT_BYTES = 4 * SEGMENT_WORDS, LIMB_BITS = 21, MAX_DIMS = 8, FETCH_WORDS = 512 };
 /* A tile of a transposed box: rows enough to use a whole cache line of one-byte elements, small enough for the L1 cache. */
 enum { TILE_ROWS = 64, TILE_BYTES = 512 };
 
@@ -104,8 +104,9 @@ static void multiply_part(const uint8_t *at, int64_t j, int64_t skip, int64_t n,
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Digest of n > 0 bytes at `at` that are bytes [byte, byte + n) of the tensor. */
-static uint64_t run(const uint8_t *at, int64_t byte, int64_t n, uint64_t key)
+/* Digest of n > 0 bytes at `at` that are bytes [byte, byte + n) of the tensor. `ahead`, unless 0, is how far away the bytes
+ * lie that come next: the processor can't guess that, and fetching them now more than doubles the rate of strided rows. */
+static uint64_t run(const uint8_t *at, int64_t byte, int64_t n, int64_t ahead, uint64_t key)
 {
     u128 digest = 0;
     while (n > 0) {
@@ -120,11 +121,15 @@ static uint64_t run(const uint8_t *at, int64_t byte, int64_t n, uint64_t key)
             at += part;
             left -= part;
         }
-        multiply((const word *)at, &limb[0][j], &limb[1][j], &limb[2][j], left / 4, sum);
-        at += left & ~INT64_C(3);
-        if (left % 4)
-            multiply_part(at, j + left / 4, 0, left % 4, sum);
-        at += left % 4;
+        for (int64_t words; (words = least(left / 4, FETCH_WORDS)); j += words, at += 4 * words, left -= 4 * words) {
+            if (ahead)
+                for (int64_t i = 0; i < 4 * words; i += 64)
+                    __builtin_prefetch((const void *)((intptr_t)at + ahead + i));
+            multiply((const word *)at, &limb[0][j], &limb[1][j], &limb[2][j], words, sum);
+        }
+        if (left)
+            multiply_part(at, j, 0, left, sum);
+        at += left;
         uint64_t row = reduce(sum[0] + ((u128)sum[1] << LIMB_BITS) + ((u128)sum[2] << (2 * LIMB_BITS)));
         digest += reduce((u128)row * residue(key + (uint64_t)segment * STEP));
     }
@@ -169,7 +174,7 @@ static uint64_t plane(const uint8_t *at, int64_t byte, struct axis row, struct a
             default: gather(rectangle, corner, rows, columns, row.memory, column.memory, 8);
             }
             for (int64_t k = 0; k < rows; k++)
-                digest += run(rectangle[k], byte + (r + k) * row.global + c * itemsize, columns * itemsize, key);
+                digest += run(rectangle[k], byte + (r + k) * row.global + c * itemsize, columns * itemsize, 0, key);
         }
     }
     return reduce(digest);
@@ -210,10 +215,10 @@ static uint64_t box(const int64_t *shape, const int64_t *start, const int64_t *s
     }
 
     u128 digest = 0;
-    int64_t index[MAX_DIMS] = {0};
+    int64_t index[MAX_DIMS] = {0}, length = column.extent * itemsize, ahead = n && axes[0].memory != length ? axes[0].memory : 0;
     int d;
     do {
-        digest += scattered ? plane(at, byte, row, column, itemsize, key) : run(at, byte, column.extent * itemsize, key);
+        digest += scattered ? plane(at, byte, row, column, itemsize, key) : run(at, byte, length, ahead, key);
         for (d = 0; d < n; d++) {
             at += axes[d].memory;
             byte += axes[d].global;
