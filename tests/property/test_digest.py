@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 
 import numpy as np
 import pytest
@@ -251,6 +253,24 @@ def test_pieces_of_a_layout_and_threads() -> None:
         assert int(found[0][i]) == dumb(specs[parts[i][0]], wholes[parts[i][0]], parts[i][1])
     top = digest(specs[1], wholes[1][:7, :650], Box((0, 0), (7, 650)))
     assert (int(found[0][2]) + int(found[0][3]) + top) % PRIME == whole_digest(specs[1], wholes[1])
+
+
+def test_reads_nothing_past_its_last_byte() -> None:
+    """Boxes that end where an unreadable page begins; a byte too far would end this process."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    raw = np.frombuffer(memory, np.uint8)
+    raw[:page] = random_tensor(4, (page,), "U8")
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + page), page, 0) == 0
+    for nbytes in (1, 3, 4, 31, 33, 63, 65, page):
+        spec = TensorSpec("t", "U8", (nbytes,))
+        last = raw[page - nbytes : page]
+        assert digest(spec, last, Box((0,), (nbytes,))) == dumb(spec, last.copy(), Box((0,), (nbytes,)))
+    rows, spec = raw[:page].reshape(8, -1), TensorSpec("t", "U8", (8, page // 8))
+    half = Box((0, page // 16), (8, page // 8))  # what lies ahead of the last row is fetched, which reads nothing
+    assert digest(spec, rows[half.slices()], half) == dumb(spec, rows.copy(), half)
+    assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + page), page, 3) == 0
 
 
 def test_a_box_outside_its_tensor_is_refused() -> None:
