@@ -46,15 +46,16 @@ def fill(layout: Layout, buffers: list[np.ndarray], rows: dict[str, np.ndarray])
         np.lib.stride_tricks.as_strided(memory, source.shape, (*stride, 1))[...] = source
 
 
-def rank_job(directories: list[Path], tp: int, rank: int, port: int) -> list[dict[str, Any]]:
+def rank_job(cases: list[tuple[Path, Parallel]], rank: int, port: int) -> list[dict[str, Any]]:
     """What one rank finds for each checkpoint; runs in a process of its own."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    size = str(cases[0][1].tp)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        return [compare(directory, Parallel(tp), rank) for directory in directories]
+        return [compare(directory, parallel, rank) for directory, parallel in cases]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -104,12 +105,13 @@ def state(model: Any) -> dict[str, Any]:
     }
 
 
-def run_ranks(directories: list[Path], tp: int) -> list[list[dict[str, Any]]]:
+def run_ranks(cases: list[tuple[Path, Parallel]]) -> list[list[dict[str, Any]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    tp = cases[0][1].tp
     with ProcessPoolExecutor(tp, multiprocessing.get_context("spawn")) as pool:
-        return [f.result(timeout=200) for f in [pool.submit(rank_job, directories, tp, rank, port) for rank in range(tp)]]
+        return [f.result(timeout=200) for f in [pool.submit(rank_job, cases, rank, port) for rank in range(tp)]]
 
 
 def same_layout(a: Layout, b: Layout) -> bool:
@@ -122,11 +124,23 @@ def same_layout(a: Layout, b: Layout) -> bool:
     )
 
 
-CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
-    1: [("llama", {}), ("qwen3_moe", {}), ("mixtral", {}), ("qwen2", {"tie_word_embeddings": True})],
-    2: [("llama", {}), ("qwen3_moe", {}), ("mixtral", {}), ("qwen3", {"tie_word_embeddings": True})],
-    3: [("llama", {})],
-    4: [("llama", {})],
+TIED = {"tie_word_embeddings": True}
+CASES: dict[int, list[tuple[str, dict[str, Any], Parallel]]] = {
+    1: [
+        ("llama", {}, Parallel()),
+        ("qwen3_moe", {}, Parallel()),
+        ("mixtral", {}, Parallel()),
+        ("qwen2", TIED, Parallel()),
+    ],
+    2: [
+        ("llama", {}, Parallel(2)),
+        ("qwen3_moe", {}, Parallel(2)),
+        ("qwen3_moe", {}, Parallel(2, ep=2)),
+        ("mixtral", {}, Parallel(2)),
+        ("qwen3", TIED, Parallel(2)),
+    ],
+    3: [("llama", {}, Parallel(3))],
+    4: [("llama", {}, Parallel(4))],
 }
 
 
@@ -136,9 +150,9 @@ def test_opened_and_filled_equals_the_stock_load(tmp_path: Path, tp: int) -> Non
     from peerload.engines.transformers import layout_for
     from peerload.testing.checkpoints import make_checkpoint
 
-    directories = [make_checkpoint(tmp_path / family, family, **changes) for family, changes in CASES[tp]]
-    for rank, results in enumerate(run_ranks(directories, tp)):
-        for directory, found in zip(directories, results, strict=True):
+    cases = [(make_checkpoint(tmp_path / str(i), f, **changes), p) for i, (f, changes, p) in enumerate(CASES[tp])]
+    for rank, results in enumerate(run_ranks(cases)):
+        for (directory, parallel), found in zip(cases, results, strict=True):
             assert found["differs"] == []
             assert found["compared"] > 100_000
             assert found["untouched"]
@@ -149,4 +163,34 @@ def test_opened_and_filled_equals_the_stock_load(tmp_path: Path, tp: int) -> Non
             assert len(ours) == NEW_TOKENS
             layout = pickle.loads(found["layout"])
             layout.prove_cover()
-            assert same_layout(layout, layout_for(directory, Parallel(tp), rank))
+            assert same_layout(layout, layout_for(directory, parallel, rank))
+
+
+def resident_nbytes() -> int:
+    """Anonymous and shared memory that this process has touched."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(status[row].split()[0]) << 10 for row in ("RssAnon", "RssShmem"))
+
+
+def growth_on_opening(warm: Path, directory: Path) -> tuple[int, int]:
+    """(bytes of the model's parameters, bytes touched by opening it) in a process that has opened another one before."""
+    from peerload.engines.checkpoint import Checkpoint
+    from peerload.engines.transformers import open_model
+
+    open_model(warm, Checkpoint.open(warm).catalog)
+    before = resident_nbytes()
+    opened = open_model(directory, Checkpoint.open(directory).catalog)
+    return int(opened.layout.buffer_nbytes.sum()), resident_nbytes() - before
+
+
+@pytest.mark.e2e
+def test_opening_touches_no_weight_memory(tmp_path: Path) -> None:
+    """Neither the parameters nor the stacks that experts pass through on their way."""
+    from peerload.testing.checkpoints import make_checkpoint
+
+    small = make_checkpoint(tmp_path / "small", "qwen3_moe")
+    big = make_checkpoint(tmp_path / "big", "qwen3_moe", hidden_size=512, moe_intermediate_size=1024, vocab_size=20000)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        held, touched = pool.submit(growth_on_opening, small, big).result(timeout=120)
+    assert held > 80 << 20
+    assert touched < 8 << 20

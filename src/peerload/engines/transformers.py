@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,14 @@ def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0
     a split that transformers doesn't have, HostError in a process that already has a process group."""
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
-    with _impersonated(rank, parallel.tp * parallel.pp), quiet():
-        return _load(files, catalog, parallel, rank, on_meta)[1]
+
+    def trace() -> Layout:
+        with _impersonated(rank, parallel.tp * parallel.pp), quiet():
+            return _load(files, catalog, parallel, rank, on_meta)[1]
+
+    # DTensor's caches are per thread and key meshes by everything but the rank: another rank's answers would stick.
+    with ThreadPoolExecutor(1, "peerload-trace") as fresh:
+        return fresh.submit(trace).result()
 
 
 def open_model(

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-#: More boxes than this out of one copy mean that the operation shuffles elements rather than blocks.
-MOST_BOXES: Final = 4096
+#: More boxes than this out of one box mean that an operation shuffles elements rather than blocks (heads are blocks).
+MOST_BOXES: Final = 256
 
 
 class Inexpressible(Exception):
