@@ -94,7 +94,12 @@ def main() -> int:
     options.add_argument("--mebibytes", type=int, default=1024)
     told = options.parse_args()
     nbytes = told.mebibytes << 20
-    candidates = {"local_mapped": ("local", "memfd"), "local_cma": ("local", "plain"), "nixl": ("nixl", "plain")}
+    candidates = {
+        "local_mapped": ("local", "memfd"),
+        "local_huge": ("local", "huge"),
+        "local_cma": ("local", "plain"),
+        "nixl": ("nixl", "plain"),
+    }
     if cma_error():
         del candidates["local_cma"]
     if not probe("nixl").available:
@@ -165,9 +170,7 @@ def report(seconds: dict[str, list[float]], nbytes: int, candidates: list[str]) 
 
     limits = {threads: max(rate(name, nbytes) for name in seconds if name.startswith(f"memcpy_{threads}/")) for threads in (1, 2)}
     fresh = rate("memcpy_2_fresh", nbytes)
-    print(
-        f"memcpy into touched memory: 1 thread {limits[1]:.1f}, 2 threads {limits[2]:.1f} GB/s; into fresh memory {fresh:.1f} GB/s"
-    )
+    print(f"memcpy, GB/s: 1 thread {limits[1]:.1f}, 2 threads {limits[2]:.1f}; 2 threads into untouched memory {fresh:.1f}")
     moved = {
         "one_block": nbytes, "tensors_1mib": min(1000, nbytes >> 20) << 20,
         "scattered_4kib": min(100_000, nbytes // 4096) * 4096, "row_halves_4kib": nbytes // 2, "fresh": nbytes,

@@ -17,6 +17,9 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14; older kernels answer EINVAL and fault page by page */
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
 #ifndef PR_SET_PTRACER
 #define PR_SET_PTRACER 0x59616d61
 #endif
@@ -497,10 +500,15 @@ int64_t peerload_reserve(int64_t nbytes)
     return base == MAP_FAILED ? 0 : (int64_t)(intptr_t)base;
 }
 
-int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset)
+int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset, int32_t writable)
 {
-    void *base = mmap(at(address), (size_t)nbytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)offset);
+    void *base = mmap(at(address), (size_t)nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)offset);
     return base == MAP_FAILED ? errno : 0;
+}
+
+int peerload_collapse(int64_t address, int64_t nbytes)
+{
+    return madvise(at(address), (size_t)nbytes, MADV_COLLAPSE) ? errno : 0;
 }
 
 int peerload_unmap(int64_t address, int64_t nbytes)

@@ -27,8 +27,11 @@ void peerload_fill(int64_t dst, int32_t ndim, const int64_t *shape, const int64_
 /* Reserve address space that holds nothing yet; 0 with errno set on failure. */
 int64_t peerload_reserve(int64_t nbytes);
 
-/* Map `nbytes` of a file from `offset`, read-only and shared, at `address` inside a reservation. Returns 0 or errno. */
-int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset);
+/* Map `nbytes` of a file from `offset`, shared, at `address` inside a reservation. Returns 0 or errno. */
+int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset, int32_t writable);
+
+/* Replace small pages by huge ones (2 MiB), contents kept, whatever the host's settings for huge pages. Returns 0 or errno. */
+int peerload_collapse(int64_t address, int64_t nbytes);
 
 /* Give a reservation and everything mapped into it back. Returns 0 or errno. */
 int peerload_unmap(int64_t address, int64_t nbytes);

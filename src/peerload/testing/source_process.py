@@ -22,8 +22,10 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from ..batch import Batch
 from ..config import Config
-from ..memory import Arena, Placed, regions_for
+from ..errors import HostError
+from ..memory import Arena, Placed, copy, regions_for
 from ..transport.base import Region, Transport
 from ..transport.registry import open_transport
 
@@ -38,8 +40,9 @@ def content(index: int, nbytes: int) -> Bytes:
 class SourceProcess:
     """Buffers of `nbytes` each, registered with `transport` under the strategy `registration`.
 
-    memory: "memfd" puts them into an arena; "plain" into private memory, one block for every two buffers, or a single
-    block for the strategy that wants one. random: False fills with zeros, which is quicker."""
+    memory: "memfd" puts them into an arena, "huge" into one of huge pages, "plain" into private memory. There is one
+    allocation for every two buffers, or a single one for the strategy that wants one. random: False fills with zeros,
+    which is quicker."""
 
     def __init__(
         self, transport: str, nbytes: Sequence[int], *, memory: str = "memfd", registration: str = "arena", random: bool = True
@@ -104,8 +107,8 @@ def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
 
     def make(sizes: list[int]) -> None:
         room = sum(n + 64 for n in sizes)
-        if told["memory"] == "memfd":
-            arena = Arena(room)
+        arena = Arena(room)
+        if told["memory"] in ("memfd", "huge"):
             kept.append(arena)
             address = [arena.allocate(n) for n in sizes]
             block = arena.region()
@@ -118,6 +121,8 @@ def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
         for a, n in zip(address, sizes, strict=True):
             _fill(a, content(len(buffers), n) if told["random"] else np.zeros(n, np.uint8))
             buffers.append(Placed(a, n, block))
+        if told["memory"] == "huge" and not arena.collapse():
+            raise HostError("no huge pages")
         transport.register(regions_for(buffers[-len(sizes) :], told["registration"]))
 
     def answer(transport: Transport | None) -> None:
@@ -141,9 +146,6 @@ def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
 
 
 def _fill(address: int, data: Bytes) -> None:
-    from ..batch import Batch
-    from ..memory import copy
-
     if data.size:
         one = np.ones(1, np.int64)
         copy(Batch.of_runs(one * data.ctypes.data, one * address, one * data.size))

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import mmap
 import os
 import select
 import threading
@@ -21,6 +20,7 @@ import numpy as np
 from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import HostError, SourceLost, SourceUnreachable
+from ..geometry import IntArray, byte_extents
 from ..native._lib import lib
 from ..native.columns import Columns
 from .handover import PATIENCE_S, Connection
@@ -28,6 +28,12 @@ from .host import boot_id, pid_namespace, ptrace_scope, start_time
 from .table import RegionTable
 
 VERSION: Final = 1
+#: Mappings begin where huge pages could, if the peer's memory has them.
+ALIGN_NBYTES: Final = 2 << 20
+DENSE_NBYTES: Final = 1 << 16
+#: Ways to read a row that aren't a descriptor.
+CMA: Final = -1
+MAPPED: Final = -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +79,17 @@ class Attached:
     def __init__(self, told: Description, source: str) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
-        self.shift: Final = np.zeros(len(told.address), np.int64)
-        self.mapped: Final = np.zeros(len(told.address), np.bool_)
+        # By region: its address in our mapping and its offset in its file, less its own address; the file, or CMA.
+        self._to_window = np.zeros(len(told.address), np.int64)
+        self._to_file = np.zeros(len(told.address), np.int64)
+        self._file = np.full(len(told.address), CMA, np.int64)
+        self._open: list[int] = []
+        self._cma = False
         self._lock = threading.Lock()
         self._readers = 0
         self._over = ""  # why nothing can be read any more
         self._window = (0, 0)
-        self._process, self._ended = -1, select.poll()
+        self._process = -1
         if told.host != boot_id():
             raise SourceUnreachable(source, "is on another host", next_step="offer transport nixl on both sides")
         try:
@@ -107,9 +117,25 @@ class Attached:
             self._readers -= 1
             self._release()
 
+    def ways(self, batch: Batch, region: IntArray) -> tuple[IntArray, IntArray]:
+        """How to read each row, which lies in `region` [n]: MAPPED with src an address of ours, CMA with src an address of
+        the peer, or otherwise from that descriptor with src an offset in it. Rows that use little of what they span aren't
+        read through the mapping: 100,000 scattered pages take 7.9 GB/s with CMA, 5.9 with pread, and 2.6 so."""
+        file = self._file[region]
+        thin = np.full_like(file, CMA) if self._cma else file
+        low, high = byte_extents(batch.src, batch.count, batch.src_step, batch.run)
+        bytes_used = batch.run * batch.count.prod(axis=1)
+        dense = (bytes_used >= DENSE_NBYTES) & (bytes_used * 4 >= high - low)
+        way = np.where((file != CMA) & dense, MAPPED, thin)
+        shift = np.where(way == MAPPED, self._to_window[region], np.where(way == CMA, 0, self._to_file[region]))
+        return batch.src + shift, way
+
     def check(self) -> None:
         """Raise SourceLost unless the peer still vouches for its memory. Mapped memory outlives its owner; trust doesn't."""
-        if not self._connection.alive() or (self._process >= 0 and self._ended.poll(0)):
+        ended = select.poll()
+        if self._process >= 0:
+            ended.register(self._process, select.POLLIN)
+        if ended.poll(0) or not self._connection.alive():
             raise self.lost("it closed its transport or died")
 
     def lost(self, problem: str) -> SourceLost:
@@ -129,6 +155,9 @@ class Attached:
             if self._process >= 0:
                 os.close(self._process)
                 self._process = -1
+            for fd in self._open:
+                os.close(fd)
+            self._open = []
             (address, nbytes), self._window = self._window, (0, 0)
             if nbytes:
                 lib.peerload_unmap(address, nbytes)
@@ -154,7 +183,6 @@ class Attached:
                 self._process = os.pidfd_open(self.pid)
             except ProcessLookupError as error:
                 raise SourceUnreachable(self.source, f"process {self.pid} has ended") from error
-            self._ended.register(self._process, select.POLLIN)
 
     def _map(self, told: Description) -> None:
         """Map every memfd we are given, once, into one reservation, so that nothing else ever lies between."""
@@ -162,43 +190,43 @@ class Attached:
             files = self._connection.receive()
         except (OSError, ValueError, KeyError) as error:
             raise SourceUnreachable(self.source, f"did not hand over its memory ({error})") from error
-        try:
-            file = np.array(told.file, np.int64)
-            begin = np.array(told.offset, np.int64)
-            end = begin + np.array(told.nbytes, np.int64)
-            spans: list[tuple[int, int, int]] = []  # number, first byte, one past the last
-            for number, fd in files.items():
-                mine = file == number
-                if mine.any() and sealed(fd) and int(end[mine].max()) <= os.fstat(fd).st_size:
-                    spans.append((number, int(begin[mine].min()) & -mmap.PAGESIZE, -(-int(end[mine].max()) & -mmap.PAGESIZE)))
-            total = sum(b - a for _, a, b in spans)
-            if total == 0:
-                return
-            at = lib.peerload_reserve(total)
-            if at == 0:
-                raise HostError(f"no address space for {total} bytes of {self.source}", next_step="raise ulimit -v")
-            self._window = (at, total)
-            for number, a, b in spans:
-                problem = lib.peerload_map(at, b - a, files[number], a)
-                if problem:
-                    raise HostError(f"memory of {self.source} can't be mapped: {os.strerror(problem)}")
-                mine = file == number
-                self.shift[mine] = at + begin[mine] - a - np.array(told.address, np.int64)[mine]
-                self.mapped[mine] = True
-                at += b - a
-        finally:
-            for fd in files.values():
-                os.close(fd)
+        self._open = list(files.values())
+        file, address, begin = (np.array(column, np.int64) for column in (told.file, told.address, told.offset))
+        end = begin + np.array(told.nbytes, np.int64)
+        spans: list[tuple[int, int, int]] = []  # number, first byte, one past the last
+        for number, fd in files.items():
+            mine = file == number
+            if mine.any() and sealed(fd) and int(end[mine].max()) <= os.fstat(fd).st_size:
+                spans.append((number, int(begin[mine].min()) & -ALIGN_NBYTES, -(-int(end[mine].max()) & -ALIGN_NBYTES)))
+        total = sum(b - a for _, a, b in spans)
+        if total == 0:
+            return
+        base = lib.peerload_reserve(total + ALIGN_NBYTES)
+        if base == 0:
+            raise HostError(f"no address space for {total} bytes of {self.source}", next_step="raise ulimit -v")
+        self._window = (base, total + ALIGN_NBYTES)
+        at = -(-base & -ALIGN_NBYTES)
+        for number, a, b in spans:
+            problem = lib.peerload_map(at, b - a, files[number], a, 0)
+            if problem:
+                raise HostError(f"memory of {self.source} can't be mapped: {os.strerror(problem)}")
+            mine = file == number
+            self._to_file[mine] = (begin - address)[mine]
+            self._to_window[mine] = at - a + self._to_file[mine]
+            self._file[mine] = files[number]
+            at += b - a
 
     def _probe(self, told: Description) -> None:
-        """Read one byte with CMA, if any region needs it, so that a host that forbids it is named before the load begins."""
-        if self.mapped.all():
+        """Read a byte with CMA. If the host forbids that and a region can't be had otherwise, say so before the load begins."""
+        if len(self._file) == 0:
             return
+        hidden = int(np.argmax(self._file == CMA))
         landing = ctypes.create_string_buffer(1)
-        address = np.array([told.address[int(np.argmin(self.mapped))]], np.int64)
         one = np.ones(1, np.int64)
-        error, _ = Columns(Batch.of_runs(address, one * ctypes.addressof(landing), one)).read_process(self.pid, 0, 1)
-        if error:
+        byte = Batch.of_runs(one * told.address[hidden], one * ctypes.addressof(landing), one)
+        error, _ = Columns(byte).read_process(self.pid, 0, 1)
+        self._cma = error == 0
+        if error and self._file[hidden] == CMA:
             problem, fix = why_not(error)
             raise SourceUnreachable(self.source, f"its memory can't be read with process_vm_readv: {problem}", next_step=fix)
 

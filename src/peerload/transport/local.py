@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import HostError, PlanError
-from ..geometry import BoolArray
+from ..geometry import IntArray
 from ..native._lib import lib
 from ..native.columns import Columns
-from .attached import Attached, Description, sealed
+from .attached import CMA, MAPPED, Attached, Description, sealed
 from .base import Limits, Region
 from .crew import Crew, chunked
 from .handover import Handover
@@ -103,24 +103,27 @@ class LocalTransport:
             here.locate(*destination_extents(batch), "dst", "this process")
             row = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
             with there:
-                self._move(there, replace(batch, src=batch.src + there.shift[row]), there.mapped[row], deadline)
+                there.check()
+                self._move(there, batch, row, deadline)
+                there.check()
 
-    def _move(self, there: Attached, batch: Batch, mapped: BoolArray, deadline: Deadline) -> None:
-        """batch.src are addresses of ours where `mapped`, of the peer elsewhere."""
-        rows, ours, edges = chunked(batch, mapped)
+    def _move(self, there: Attached, batch: Batch, region: IntArray, deadline: Deadline) -> None:
+        src, way = there.ways(batch, region)
+        rows, ways, edges = chunked(replace(batch, src=src), way)
         columns = Columns(rows)
 
         def work(begin: int, end: int) -> None:
-            if ours[begin]:
+            how, error = int(ways[begin]), 0
+            if how == MAPPED:
                 columns.copy_mapped(begin, end)
-            else:
+            elif how == CMA:
                 error, _ = columns.read_process(there.pid, begin, end)
-                if error:
-                    raise there.lost(f"its memory can't be read any more ({os.strerror(error)})")
+            else:
+                error, _ = columns.read_file(how, begin, end)
+            if error:
+                raise there.lost(f"its memory can't be read any more ({os.strerror(error)})")
 
-        there.check()
         self._crew.run(edges, work, deadline, f"reading {batch.nbytes} bytes from {there.source}")
-        there.check()
 
     def close(self) -> None:
         with self._lock:
