@@ -67,18 +67,20 @@ def _settle_down(spec: RankSpec) -> None:
 
 
 def _from_disk(spec: RankSpec, link: Connection) -> PreTrainedModel:
-    begun_s = time.perf_counter()
+    begun_s = _together(spec)
     model = stock_model(spec.model_dir, Parallel(tp=spec.size))
-    link.send({"kind": "loaded", "seconds": time.perf_counter() - begun_s})
+    built_s = time.perf_counter() - begun_s
+    _touch(model)
+    link.send({"kind": "loaded", "seconds": built_s, "whole_s": time.perf_counter() - begun_s})
     return model
 
 
 def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTrainedModel:
     before = {"rss": 0}
+    begun_s = _together(spec)
 
     def on_opened() -> None:
-        if spec.size > 1:
-            dist.barrier()  # so that all ranks begin to load at once, and the figures compare
+        _together(spec)
         before["rss"] = _reset_peak_rss()
         link.send({"kind": "opened"})
 
@@ -88,13 +90,28 @@ def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTraine
             attributes={"engine": f"transformers {transformers_version()}"}, on_opened=on_opened, on_bytes=_reporter(link),
         )
     )  # fmt: skip
+    _touch(mine.opened.model)
     link.send(
         {
-            "kind": "loaded", "receipt": mine.receipt.to_json(), "engine_s": mine.engine_s, "rss_before": before["rss"],
+            "kind": "loaded", "whole_s": time.perf_counter() - begun_s, "receipt": mine.receipt.to_json(), "engine_s": mine.engine_s, "rss_before": before["rss"],
             "rss_peak": _peak_rss(), "held_nbytes": mine.opened.layout.nbytes,
         }
     )  # fmt: skip
     return mine.opened.model
+
+
+def _together(spec: RankSpec) -> float:
+    """Wait for the other ranks, so that all begin at once and figures compare; returns the time."""
+    if spec.size > 1:
+        dist.barrier()
+    return time.perf_counter()
+
+
+def _touch(model: PreTrainedModel) -> None:
+    """Read one element of every page, so that what was only mapped counts as loaded when it is there."""
+    for tensor in parameters_of(model).values():
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        flat[::4096].sum()
 
 
 def _generate(model: PreTrainedModel, spec: RankSpec) -> tuple[list[list[int]], list[str]]:

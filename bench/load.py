@@ -1,0 +1,80 @@
+"""A whole load: 1 GiB of Llama into four ranks, out of a TP2 seed's memory and by the engine's own load from page cache.
+
+    python bench/load.py [--layers 19] [--rounds 5] [--seed-tp 2] [--target-tp 4]
+
+Both kinds of instance are real processes of the same engine, in turn, A B A B. Counted is everything from the start of
+building the model until every page of every parameter can be read (`whole_s`, the slowest rank): construction, discovery,
+planning, registration, transfer, digests and agreement on the one side, mapping, reading and slicing files on the other.
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from peerload.config import Config
+from peerload.console import Console
+from peerload.demo.instance import Instance, RankSpec
+from peerload.demo.run import START_S, coordinator
+from peerload.limits import memcpy_gb_per_s
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=19)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed-tp", type=int, default=2)
+    parser.add_argument("--target-tp", type=int, default=4)
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--no-verify", action="store_true")
+    args = parser.parse_args(argv)
+    from peerload.testing.checkpoints import make_checkpoint
+
+    console = Console()
+    with ExitStack() as stack:
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peerload-bench-")))
+        directory = make_checkpoint(room / "llama", "llama", "demo", num_hidden_layers=args.layers)
+        nbytes = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+        limit = memcpy_gb_per_s()
+        console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
+        config = Config(url=stack.enter_context(coordinator(room)), model_name="bench", verify=not args.no_verify, transport=args.transport)
+        spec = RankSpec(
+            role="peer", instance="seed", rank=0, size=args.seed_tp, model_dir=str(directory), config=config, rendezvous="", log_path=""
+        )  # fmt: skip
+        seed = stack.enter_context(Instance(spec, room))
+        seed.wait_for("loaded", START_S)
+        seed.wait_for("generated", START_S)
+        target = replace(spec, size=args.target_tp, config=config.replace(source=False, fallback="fail"))
+        ours: list[float] = []
+        theirs: list[float] = []
+        receipts: list[dict[str, object]] = []
+        for number in range(args.rounds + 1):
+            for role, figures in (("peer", ours), ("disk", theirs)):
+                with Instance(replace(target, role=role, instance=f"{role}{number}"), room) as instance:
+                    events = instance.wait_for("loaded", START_S)
+                whole_s = max(float(str(e["whole_s"])) for e in events)
+                if number > 0:  # the first of each warms up
+                    figures.append(whole_s)
+                    if role == "peer":
+                        receipts += [json.loads(str(e["receipt"])) for e in events]
+                console.say(f"{role}: {whole_s:.3f} s")
+    phases = sorted({p for r in receipts for p in r["seconds"]})  # type: ignore[attr-defined]
+    seconds = {p: round(statistics.median(r["seconds"].get(p, 0.0) for r in receipts), 4) for p in phases}  # type: ignore[attr-defined]
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    print(json.dumps({
+        "bench": "load", "model_bytes": nbytes, "seed_tp": args.seed_tp, "target_tp": args.target_tp, "memcpy_gb_per_s": round(limit, 2),
+        "peerload_s": round(statistics.median(ours), 4), "engine_disk_s": round(statistics.median(theirs), 4),
+        "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds, "verify": not args.no_verify,
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
