@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from peerload.errors import SourceError, SourceLost, SourceStale, SourceUnreachable
 from peerload.testing.source_process import Bytes, SourceProcess, content
-from peerload.testing.transport_conformance import SIZES, Source, TransportConformance, regions_of, strided
+from peerload.testing.transport_conformance import SIZES, Source, TransportConformance, regions_of
 from peerload.transport.base import Transport
 from peerload.transport.faulty import Faulty
 from peerload.transport.files import FileSet, FilesTransport

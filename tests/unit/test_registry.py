@@ -1,0 +1,65 @@
+"""Transports by name, and what the host is found able to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from peerload.config import Config
+from peerload.errors import ConfigError, HostError
+from peerload.transport.registry import cma_error, open_transport, open_transports, probe
+
+OPEN_AND_CLOSE = """
+from peerload.config import Config
+from peerload.transport.registry import open_transports
+for transport in open_transports(Config()).values():
+    transport.close()
+"""
+
+
+def test_auto_prefers_local_and_always_reads_files() -> None:
+    opened = open_transports(Config())
+    names = list(opened)
+    for name, transport in opened.items():
+        assert transport.name == name
+        transport.close()
+    assert names[0] == "local"
+    assert names[-1] == "files"
+    assert ("nixl" in names) == probe("nixl").available
+
+
+def test_one_that_is_asked_for_by_name_is_the_only_one() -> None:
+    opened = open_transports(Config(transport="local"))
+    assert list(opened) == ["local", "files"]
+    for transport in opened.values():
+        transport.close()
+
+
+def test_a_missing_package_is_named_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nixl_cu13", "nixl_cu12", "nixl._api", "nixl"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    assert not probe("nixl").available
+    assert "pip install" in probe("nixl").install
+    with pytest.raises(HostError, match="nixl_cu12"):
+        open_transport("nixl", Config())
+    assert "nixl" not in open_transports(Config())
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    for ask in (probe, lambda name: open_transport(name, Config())):
+        with pytest.raises(ConfigError, match="local, nixl"):
+            ask("carrier-pigeon")
+
+
+def test_the_probe_of_local_says_what_the_host_allows() -> None:
+    found = probe("local")
+    assert found.available
+    assert ("can't" in found.reason) == (cma_error() != 0)
+    assert bool(found.install) == (cma_error() != 0)
+
+
+def test_opening_transports_prints_nothing_on_standard_output() -> None:
+    done = subprocess.run([sys.executable, "-c", OPEN_AND_CLOSE], stdout=subprocess.PIPE, timeout=60, check=True)
+    assert done.stdout == b""
