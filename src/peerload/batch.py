@@ -82,6 +82,23 @@ class Batch:
             owner = owner[parent]
         return batch, owner
 
+    def cut_spans(self, nbytes: int) -> tuple[Batch, IntArray]:
+        """The same bytes with no copy whose source bytes lie more than `nbytes` apart, first to last, and for each copy of
+        the result the row it was cut from. Dimensions come in order of their source steps, the widest outermost."""
+        order = np.argsort(np.where(self.count > 1, -np.abs(self.src_step), 0), axis=1, kind="stable")
+        count, src_step, dst_step = (np.take_along_axis(a, order, axis=1) for a in (self.count, self.src_step, self.dst_step))
+        batch, owner = Batch(self.src, self.dst, self.run, count, src_step, dst_step), np.arange(len(self))
+        for level in (*range(LEVELS), None):
+            if level is None:
+                total, per = batch.run, np.full(len(batch), max(1, nbytes))
+            else:
+                total, step = batch.count[:, level], np.abs(batch.src_step[:, level])
+                reach = (batch.count[:, level + 1 :] - 1) * np.abs(batch.src_step[:, level + 1 :])
+                per = np.maximum(0, nbytes - batch.run - reach.sum(axis=1)) // np.maximum(1, step) + 1
+            batch, parent = batch._divide(total, per, level)
+            owner = owner[parent]
+        return batch, owner
+
     def _divide(self, total: IntArray, per: IntArray, level: int | None) -> tuple[Batch, IntArray]:
         parts = -(-total // per)
         if (parts == 1).all():

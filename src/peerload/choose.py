@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,17 +70,15 @@ def choose(
     parts = [(picked, cells.start[lead[picked]], cells.stop[lead[picked]])]
     holes: list[tuple[int, IntArray, IntArray]] = []
     spread = _Spread(offers, load, salt)
-    begin = np.searchsorted(want, np.arange(len(start)), "left")
-    end = np.searchsorted(want, np.arange(len(start)), "right")
+    begin = np.searchsorted(want, np.arange(len(start)), "left").tolist()
+    end = np.searchsorted(want, np.arange(len(start)), "right").tolist()
+    covers: dict[bytes, _Cover] = {}
     for w in np.flatnonzero(~simple).tolist():
-        groups = np.arange(begin[w], end[w])
-        pieces, missing = _cover(cells, group, groups, group_tier, Box(tuple(start[w].tolist()), tuple(stop[w].tolist())), spread)
-        holes += [(w, np.array(b.start, np.int64), np.array(b.stop, np.int64)) for b in missing]
-        if pieces:
-            parts.append((
-                np.array([g for g, _ in pieces]),
-                np.array([b.start for _, b in pieces], np.int64), np.array([b.stop for _, b in pieces], np.int64),
-            ))  # fmt: skip
+        cover = _cover_of(cells, group, range(begin[w], end[w]), start[w], stop[w], spread, covers)
+        chosen = cover.choose(spread, int(itemsize[w]))
+        holes += [(w, np.array(b.start, np.int64), np.array(b.stop, np.int64)) for b in cover.missing]
+        if len(chosen.groups):
+            parts.append((begin[w] + chosen.groups, chosen.start, chosen.stop))
     groups, low, high = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     size = volumes(low, high) * itemsize[want[groups]]
     member, offer = spread.assign(cells, group, groups, size)
@@ -122,29 +121,84 @@ def _overlapping(want: IntArray, start: IntArray, stop: IntArray, wants: int) ->
     return found
 
 
-def _cover(
-    cells: Cells, group: _Groups, groups: IntArray, tier: IntArray, box: Box, spread: _Spread
-) -> tuple[list[tuple[int, Box]], list[Box]]:
-    """Parts (group, box) that tile `box` as far as the groups reach, and what is missing."""
-    lead = group.rows[group.first[groups]]
-    boxes = [Box(tuple(a), tuple(b)) for a, b in zip(cells.start[lead].tolist(), cells.stop[lead].tolist(), strict=True)]
-    families: dict[object, list[int]] = {}
-    for i, g in enumerate(groups.tolist()):
-        for k in {cells.layout[m] for m in group.members(g).tolist()}:
-            families.setdefault((cells.tier[k], str(spread.offers[cells.holders[k][0]].layout.parallel)), []).append(i)
-    tilings = [f for f in families.values() if _tiles(box, [boxes[i] for i in f])]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parts:
+    """Boxes of groups: groups[n] counted from a want's first, start[n, D], stop[n, D]; and the offers that hold each."""
+
+    groups: IntArray
+    start: IntArray
+    stop: IntArray
+    holders: list[list[int]]
+    volumes: list[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, Box]], holders: Sequence[list[int]], width: int) -> _Parts:
+        start = np.array([b.start for _, b in parts], np.int64).reshape(len(parts), width)
+        stop = np.array([b.stop for _, b in parts], np.int64).reshape(len(parts), width)
+        groups = np.array([i for i, _ in parts], np.int64)
+        return cls(groups, start, stop, [holders[i] for i, _ in parts], [b.volume for _, b in parts])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cover:
+    """How a box can be covered: `ways` to choose from, each of which covers all but `missing`."""
+
+    ways: list[_Parts]
+    missing: list[Box]
+
+    def choose(self, spread: _Spread, itemsize: int) -> _Parts:
+        """The way whose busiest source is least busy; its bytes count as expected, so that the next box looks elsewhere."""
+        expected, tie = spread.expected, spread.tie
+        best = self.ways[0]
+        if len(self.ways) > 1:
+            best = min(self.ways, key=lambda way: max(min(expected[o] for o in holders) for holders in way.holders))
+        for holders, volume in zip(best.holders, best.volumes, strict=True):
+            expected[min(holders, key=lambda o: (expected[o], tie[o]))] += volume * itemsize
+        return best
+
+
+def _cover_of(
+    cells: Cells, group: _Groups, groups: range, start: IntArray, stop: IntArray, spread: _Spread, known: dict[bytes, _Cover]
+) -> _Cover:
+    """Equal boxes met by equal cells, as in equal layers, are worked out once."""
+    first = group.first[groups.start : groups.stop]
+    rows = group.rows[first[0] : group.first[groups.stop] if groups.stop < len(group.first) else None] if len(first) else first
+    lead, layouts = group.rows[first], cells.layout[rows]
+    columns = (start, stop, cells.start[lead], cells.stop[lead], layouts, first - first[:1])
+    key = b"".join(column.tobytes() for column in columns)
+    if key not in known:
+        boxes = [Box(tuple(a), tuple(b)) for a, b in zip(cells.start[lead].tolist(), cells.stop[lead].tolist(), strict=True)]
+        edges = [*(first - first[:1]).tolist(), len(rows)]
+        held = [sorted(set(layouts[a:b].tolist())) for a, b in pairwise(edges)]
+        known[key] = _cover(cells, boxes, held, Box(tuple(start.tolist()), tuple(stop.tolist())), spread)
+    return known[key]
+
+
+def _cover(cells: Cells, boxes: Sequence[Box], held: Sequence[Sequence[int]], box: Box, spread: _Spread) -> _Cover:
+    """Every way in which one family of pieces tiles `box`, or else one way that reaches as far as the boxes do. held[i]: the
+    layouts that have boxes[i]. The last resort tiles a box only where no peer has a part of it."""
+    tiers = [min(cells.tier[k] for k in layouts) for layouts in held]
+    holders = [
+        [o for k in layouts if cells.tier[k] == t for o in cells.holders[k]] for layouts, t in zip(held, tiers, strict=True)
+    ]
+    families: dict[str, list[int]] = {}
+    for i, layouts in enumerate(held):
+        for k in layouts:
+            if cells.tier[k] == min(tiers):
+                family = families.setdefault(str(spread.offers[cells.holders[k][0]].layout.parallel), [])
+                family += [i] if i not in family[-1:] else []
+    width = len(box.start)
+    tilings = [family for family in families.values() if _tiles(box, [boxes[i] for i in family])]
     if tilings:
-        chosen = min(tilings, key=lambda f: (max(spread.lightest(cells, group, int(groups[i])) for i in f), f))
-        parts = [(int(groups[i]), boxes[i]) for i in chosen]
-        spread.expect(cells, group, parts)
-        return parts, []
-    left, parts = [box], []
-    for i in sorted(range(len(boxes)), key=lambda i: (tier[groups[i]], -boxes[i].volume, boxes[i])):
+        return _Cover([_Parts.of([(i, boxes[i]) for i in family], holders, width) for family in sorted(tilings)], [])
+    left: list[Box] = [box]
+    parts: list[tuple[int, Box]] = []
+    for i in sorted(range(len(boxes)), key=lambda i: (tiers[i], -boxes[i].volume, boxes[i])):
         met = [common for part in left if (common := part.intersect(boxes[i])) is not None]
         if met:
-            parts += [(int(groups[i]), common) for common in met]
+            parts += [(i, common) for common in met]
             left = [rest for part in left for rest in part.subtract(boxes[i])]
-    return parts, left
+    return _Cover([_Parts.of(parts, holders, width)], left)
 
 
 def _tiles(box: Box, boxes: Sequence[Box]) -> bool:
@@ -174,17 +228,6 @@ class _Spread:
                     if offer not in seen:
                         seen.add(offer)
                         yield offer, member
-
-    def lightest(self, cells: Cells, group: _Groups, g: int) -> int:
-        return min(self.expected[o] for o, _ in self._holders(cells, group.members(g).tolist()))
-
-    def expect(self, cells: Cells, group: _Groups, parts: list[tuple[int, Box]]) -> None:
-        """Note parts that are as good as assigned, so that the next overlapping want looks elsewhere."""
-        for g, box in parts:
-            offer = min(
-                (o for o, _ in self._holders(cells, group.members(g).tolist())), key=lambda o: (self.expected[o], self.tie[o])
-            )
-            self.expected[offer] += box.volume
 
     def assign(self, cells: Cells, group: _Groups, groups: IntArray, size: IntArray) -> tuple[IntArray, IntArray]:
         """For each part (a group, `size` bytes): the cell it is cut from and the offer that supplies it.

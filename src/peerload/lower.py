@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 
 from .batch import LEVELS, Batch
-from .errors import PlanError
 from .geometry import IntArray, byte_extents
 from .plan import Plan
 
@@ -40,7 +39,8 @@ class Step:
 
     wire: what the transport moves. scatter: None when `wire` writes its destinations itself; otherwise `wire.dst` and
     `scatter.src` count from the start of a staging buffer of `staging_nbytes`, and `scatter` moves the wanted part on.
-    operations: what the transport issues for it. copies: rows of the plan that are complete once all steps that name them are done (opaques: -1 - row of plan.opaque).
+    operations: what the transport issues for it. copies: rows of the plan that are complete once all steps that name them
+    are done (opaques: -1 - row of plan.opaque).
     """
 
     offer: int
@@ -65,12 +65,11 @@ class Lowered:
 def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: frozenset[int] | None = None) -> Lowered:
     """Batches for `plan` when the wanting layout's buffers begin at `address[buffer]` here.
 
-    staging_nbytes bounds temporary memory of one step, bytes. only: the offers this transport reaches (default: all).
-    Raises PlanError if a single run can't fit the staging memory."""
-    copies, offer, owner = _strided(plan, address)
+    staging_nbytes bounds temporary memory of one step, bytes. only: the offers this transport reaches (default: all)."""
+    copies, offer, owner, buffers = _strided(plan, address)
     if only is not None:
         mine = np.flatnonzero(np.isin(offer, sorted(only)))
-        copies, offer, owner = copies.take(mine), offer[mine], owner[mine]
+        copies, offer, owner, buffers = copies.take(mine), offer[mine], owner[mine], buffers[mine]
     low, high = byte_extents(copies.src, copies.count, copies.src_step, copies.run)
     direct = np.ones(len(copies), np.bool_)
     if not limits.strided:
@@ -83,7 +82,7 @@ def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, on
     for which in np.unique(offer).tolist():
         mine = np.flatnonzero(offer == which)
         mine = mine[np.argsort(copies.src[mine], kind="stable")]
-        steps += _direct_steps(which, copies, owner, mine[direct[mine]], limits)
+        steps += _direct_steps(which, copies, owner, buffers, mine[direct[mine]], limits)
         steps += _staged_steps(which, copies, owner, mine[~direct[mine]], limits, staging_nbytes)
     wire = sum(s.wire.nbytes for s in steps)
     useful = int((copies.run * copies.count.prod(axis=1)).sum())
@@ -91,12 +90,14 @@ def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, on
     return Lowered(tuple(steps), useful, wire, operations, max((s.staging_nbytes for s in steps), default=0))
 
 
-def _strided(plan: Plan, address: IntArray) -> tuple[Batch, IntArray, IntArray]:
-    """All copies as one batch of normal form, the offer of each row, and the plan's row (or -1 - opaque row)."""
+def _strided(plan: Plan, address: IntArray) -> tuple[Batch, IntArray, IntArray, IntArray]:
+    """All copies as one batch of normal form; of each row the offer, the plan's row (or -1 - opaque row), and a number that
+    is equal where source buffer (of the same offer) and destination buffer are."""
     layout, width = plan.wants.layout, plan.start.shape[1]
     want_piece = plan.wants.piece[plan.want]
     pieces = layout.pieces
     src, src_stride = np.zeros(len(plan), np.int64), np.zeros((len(plan), width), np.int64)
+    here, buffers = len(layout.buffer_names), pieces.buffer[want_piece]
     for i, offer in enumerate(plan.offers):
         rows = np.flatnonzero(plan.offer == i)
         theirs, at = offer.layout.pieces, plan.piece[rows]
@@ -109,24 +110,27 @@ def _strided(plan: Plan, address: IntArray) -> tuple[Batch, IntArray, IntArray]:
             offer.binding.address[theirs.buffer[at]] + theirs.offset[at] + ((plan.start[rows] - begin) * stride).sum(axis=1)
         )
         src_stride[rows] = stride
+        buffers[rows] += here * theirs.buffer[at]
     dst_stride = pieces.stride[want_piece]
     dst = address[pieces.buffer[want_piece]] + pieces.offset[want_piece]
     dst = dst + ((plan.start - pieces.start[want_piece]) * dst_stride).sum(axis=1)
     batch, owner = _normal_form(
         src, dst, plan.stop - plan.start, src_stride, dst_stride, layout.catalog.itemsize[pieces.tensor[want_piece]]
     )
-    offer_of = plan.offer[owner]
+    offer_of, buffers = plan.offer[owner], buffers[owner]
     if plan.opaque:
         extra = [
             (
                 plan.offers[o].binding.address[plan.offers[o].layout.opaques[k].buffer] + plan.offers[o].layout.opaques[k].offset,
                 address[layout.opaques[row].buffer] + layout.opaques[row].offset, layout.opaques[row].nbytes, o, -1 - i,
+                layout.opaques[row].buffer + here * plan.offers[o].layout.opaques[k].buffer,
             )
             for i, (row, o, k) in enumerate(plan.opaque)
         ]  # fmt: skip
-        s, d, n, o, w = (np.array(column, np.int64) for column in zip(*extra, strict=True))
+        s, d, n, o, w, b = (np.array(column, np.int64) for column in zip(*extra, strict=True))
         batch, offer_of, owner = _concat(batch, Batch.of_runs(s, d, n)), np.append(offer_of, o), np.append(owner, w)
-    return batch, offer_of, owner
+        buffers = np.append(buffers, b)
+    return batch, offer_of, owner, buffers
 
 
 def _concat(a: Batch, b: Batch) -> Batch:
@@ -172,11 +176,13 @@ def _normal_form(
     return Batch(src, dst, run, *(np.ascontiguousarray(a[:, outermost_first]) for a in (count, s_step, d_step))), owner
 
 
-def _direct_steps(offer: int, copies: Batch, owner: IntArray, rows: IntArray, limits: Limits) -> Iterator[Step]:
+def _direct_steps(
+    offer: int, copies: Batch, owner: IntArray, buffers: IntArray, rows: IntArray, limits: Limits
+) -> Iterator[Step]:
     """Rows of one offer by ascending source address: neighbours joined, large copies cut, grouped into batches."""
     if len(rows) == 0:
         return
-    batch, first = _joined(copies.take(rows))
+    batch, first = _joined(copies.take(rows), buffers[rows])
     last = np.append(first[1:], len(rows)) - 1  # row range of the copies each joined row stands for
     # A group is what begins within half a batch, and no copy is larger than the other half.
     half_nbytes, half_operations = max(1, limits.max_batch_nbytes // 2), max(1, limits.max_operations // 2)
@@ -201,13 +207,15 @@ def _cumulated(size: IntArray) -> IntArray:
     return np.cumsum(size) - size
 
 
-def _joined(batch: Batch) -> tuple[Batch, IntArray]:
-    """Plain runs that continue each other on both sides become one; and the first original row of each result."""
+def _joined(batch: Batch, buffers: IntArray) -> tuple[Batch, IntArray]:
+    """Plain runs that continue each other on both sides, inside the same two buffers, become one (buffers that happen to
+    touch may be registered apart); and the first original row of each result."""
     plain = (batch.count == 1).all(axis=1)
     follows = np.zeros(len(batch), np.bool_)
     follows[1:] = (
         plain[1:]
         & plain[:-1]
+        & (buffers[1:] == buffers[:-1])
         & (batch.src[1:] == batch.src[:-1] + batch.run[:-1])
         & (batch.dst[1:] == batch.dst[:-1] + batch.run[:-1])
     )
@@ -224,13 +232,9 @@ def _staged_steps(
         return
     room = min(staging_nbytes, limits.max_batch_nbytes)
     batch = copies.take(rows)
-    low, high = byte_extents(batch.src, batch.count, batch.src_step, batch.run)
-    useful = batch.run * batch.count.prod(axis=1)
-    batch, parent = batch.cut(np.maximum(1, useful * room // np.maximum(high - low, 1)))
+    batch, parent = batch.cut_spans(room)
     low, high = byte_extents(batch.src, batch.count, batch.src_step, batch.run)
     span = high - low
-    if (span > room).any():
-        raise PlanError(f"a copy spans {int(span.max())} bytes, the staging buffer holds {room}", next_step="raise staging_bytes")
     at = 0
     begin = 0
     place = np.zeros(len(batch), np.int64)
