@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.distributed import DistributedConfig  # noqa: E402
 
 from peerload.batch import Batch  # noqa: E402
 from peerload.deadline import Deadline  # noqa: E402
@@ -165,13 +166,14 @@ def test_ranks_share_the_model_out(family: Family) -> None:
         copies = held / size
         split = [n for n, c in zip(whole.catalog.names, copies.tolist(), strict=True) if c == 1]
         assert set(copies.tolist()) == {1, tp}
-        assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= set(split)
+        assert {"lm_head.weight", "model.layers.0.self_attn.q_proj.weight"} <= set(split)
 
 
 def names_in(layout: Layout) -> set[str]:
     return {layout.tensor_of(i).name for i in range(len(layout.pieces))}
 
 
+@pytest.mark.skipif(not hasattr(DistributedConfig, "ep_size"), reason="this transformers has no ep_size")
 def test_expert_and_pipeline_parallel() -> None:
     files = ModelFiles({"config.json": json.dumps(model_config("qwen3_moe")).encode()})
     ranks = [layout_for(files, Parallel(2, ep=2), rank) for rank in range(2)]

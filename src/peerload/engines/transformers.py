@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from ..errors import ConfigError, HostError, LayoutError
 from ..geometry import IntArray
@@ -196,15 +197,12 @@ def _split(parallel: Parallel) -> dict[str, Any]:
     """The arguments of `from_pretrained` that ask for this split under the model's own plan."""
     if parallel == UNSPLIT:
         return {}
-    from transformers.distributed import DistributedConfig
-
-    known = {f.name for f in dataclasses.fields(DistributedConfig)}
-    if {"tp_plan", "pp_size", "ep_size"} <= known:
-        config = DistributedConfig(tp_plan="auto", tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep)
-        return {"distributed_config": config}
-    if parallel.pp > 1 or parallel.ep > 1:
-        raise ConfigError(f"{parallel}: this transformers splits by tensor parallelism only", next_step="install a newer one")
-    return {"tp_plan": "auto", "tp_size": parallel.tp}
+    sizes = {"tp_size": parallel.tp, "pp_size": parallel.pp, "ep_size": parallel.ep}
+    wanted = {name: size for name, size in sizes.items() if size > 1}
+    lacking = wanted.keys() - {f.name for f in dataclasses.fields(DistributedConfig)}
+    if lacking:
+        raise ConfigError(f"{parallel}: this transformers has no {lacking.pop()}", next_step="install a newer one")
+    return {"distributed_config": DistributedConfig(tp_plan="auto" if parallel.tp > 1 else None, **wanted)}
 
 
 def _device(parallel: Parallel) -> torch.device:
