@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 from .console import Console
-from .errors import PeerloadError
+from .errors import ConfigError, PeerloadError
 
 #: Name, one line of help; each has a module in `commands/` with `configure(parser)` and `run(args, console)`.
 COMMANDS = {
@@ -36,9 +37,16 @@ class _Interrupted(KeyboardInterrupt):
     """SIGTERM: the same clean way out as Ctrl-C."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Words it doesn't know are told like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, next_step=f"{self.prog} --help")
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; only the chosen command's module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peerload", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
     )  # fmt: skip
@@ -64,7 +72,11 @@ def _module(name: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((w for w in words if not w.startswith("-")), None)
-    args = build_parser(chosen if chosen in COMMANDS else None).parse_args(words)
+    try:
+        args = build_parser(chosen if chosen in COMMANDS else None).parse_args(words)
+    except ConfigError as error:
+        Console(json="--json" in words).fail(error)
+        return error.exit_code
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )

@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     with serve(args.listen, args.store) as coordinator:
         console.say(f"coordinator listens on {coordinator.address}, store {args.store}; stop it with Ctrl-C")
-        console.document({"address": coordinator.address, "store": args.store})
         try:
+            console.document({"address": coordinator.address, "store": args.store})
             coordinator.wait()
         except KeyboardInterrupt:
             console.say("stopping")

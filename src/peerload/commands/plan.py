@@ -99,7 +99,8 @@ class _Rank:
 
 #: Titles of `_Rank.row`.
 COLUMNS = (
-    "rank", "needed MB", "wire MB", "wire/needed", "copies", "operations", "batches", "staging MB", "lay out s", "plan s", "lower s",
+    "rank", "needed MB", "wire MB", "wire/needed", "copies", "operations", "batches", "staging MB", "lay out s", "plan s",
+    "lower s",
 )  # fmt: skip
 
 

@@ -57,16 +57,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
             )  # fmt: skip
         held = sum(rank.layout.nbytes for rank, _ in ranks)
         console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")
-        console.document(
-            {
-                "instance": instance,
-                "model": str(model),
-                "parallel": str(parallel),
-                "bytes": held,
-                "receipts": [r.to_dict() for _, r in ranks],
-            }
-        )
         try:
+            console.document(
+                {
+                    "instance": instance,
+                    "model": str(model),
+                    "parallel": str(parallel),
+                    "bytes": held,
+                    "receipts": [r.to_dict() for _, r in ranks],
+                }
+            )
             signal.pause()
         except KeyboardInterrupt:
             console.say(f"{instance}: withdrawing")
