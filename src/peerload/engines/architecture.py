@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,14 +64,13 @@ def catalog_of(files: ModelFiles) -> Catalog:
     return Catalog.of(TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in sorted(state.items()))
 
 
-def generation_config(files: ModelFiles, config: PreTrainedConfig) -> GenerationConfig:
-    """What `from_pretrained` would find in the model's directory."""
-    parsed: GenerationConfig
-    if "generation_config.json" in files.contents:
-        parsed = GenerationConfig.from_dict(json.loads(files.contents["generation_config.json"]))
-    else:
-        parsed = GenerationConfig.from_model_config(config)
-    return parsed
+def generation_config(files: ModelFiles) -> GenerationConfig:
+    """What `from_pretrained` would make of the model's directory."""
+    with TemporaryDirectory() as directory:
+        files.write(Path(directory))
+        if "generation_config.json" in files.contents:
+            return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(directory, config_file_name="config.json", _from_model_config=True)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _load(
         with _synchronous(), recorder:
             model, report = kind.from_pretrained(
                 None, config=config, state_dict=state, dtype="auto", output_loading_info=True,
-                generation_config=generation_config(files, config), **_split(parallel),
+                generation_config=generation_config(files), **_split(parallel),
             )  # fmt: skip
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if recorder.refusals:

@@ -93,7 +93,9 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",  # noqa: S106 tokens of a vocabulary
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",  # noqa: S106 tokens of a vocabulary
     )
 
 
