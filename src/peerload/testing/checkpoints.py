@@ -94,8 +94,8 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
-        bos_token="<s>",
-        eos_token="</s>",  # noqa: S106 tokens of a vocabulary
+        bos_token="<s>",  # noqa: S106 no password
+        eos_token="</s>",  # noqa: S106
     )
 
 
