@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .digest import digest_pieces
-from .errors import CoordinatorError, DeadlineExceeded, LeaseSuperseded, LeaseUnknown
+from .errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from .geometry import IntArray
 from .manifest import Binding, Endpoint, Layout, ModelKey, Offer, SourceId
 from .memory import Arena
@@ -108,13 +108,25 @@ class Seed:
         binding = Binding(
             SourceId(self._instance, self._layout.rank, generation),
             self._address,
-            tuple(Endpoint(name, t.describe()) for name, t in self._transports.items() if name != FilesTransport.name),
+            self._endpoints(),
             digests=digests,
             fence_address=self._fence.fence_address,
             attributes=self._attributes,
         )
         self._offer = Offer(self._layout, binding)
         self._lease = self._announce()
+
+    def _endpoints(self) -> tuple[Endpoint, ...]:
+        """How others may reach this process; a transport that this host turns out not to have is left out."""
+        found = []
+        for name, transport in self._transports.items():
+            if name == FilesTransport.name:
+                continue
+            try:
+                found.append(Endpoint(name, transport.describe()))
+            except HostError as error:
+                log.warning("peerload: %s is not offered over %s: %s", self._instance, name, error.message)
+        return tuple(found)
 
     def _announce(self) -> Lease:
         return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)

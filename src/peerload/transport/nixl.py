@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -71,6 +72,11 @@ class _Peer:
     agent: str
     table: RegionTable
     same_host: bool
+
+
+def installed() -> bool:
+    """Is there a NIXL to import? Says nothing about whether it works; imports nothing."""
+    return any(importlib.util.find_spec(name.partition(".")[0]) is not None for name in MODULES)
 
 
 def module() -> ModuleType:

@@ -12,9 +12,10 @@ from ..config import Config
 from ..errors import ConfigError, HostError
 from .attached import why_not
 from .base import Transport
+from .deferred import Deferred
 from .files import FilesTransport
 from .local import LocalTransport
-from .nixl import INSTALL, NixlTransport, module
+from .nixl import INSTALL, NixlTransport, installed, module
 
 #: In the order in which `transport=auto` prefers them.
 FACTORIES: Final[Mapping[str, Callable[[int], Transport]]] = {"local": LocalTransport, "nixl": NixlTransport}
@@ -40,17 +41,13 @@ def open_transport(name: str, config: Config) -> Transport:
 
 
 def open_transports(config: Config) -> dict[str, Transport]:
-    """What `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: all that this
-    host can use. The caller closes them."""
-    names = list(FACTORIES) if config.transport == "auto" else [config.transport]
-    opened: dict[str, Transport] = {}
-    for name in names:
-        try:
-            opened[name] = open_transport(name, config)
-        except HostError:
-            if config.transport != "auto":
-                raise
-    opened[FilesTransport.name] = open_transport(FilesTransport.name, config)
+    """What `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: local, and NIXL
+    where it is installed, started when first needed. The caller closes them."""
+    names = ["local"] if config.transport == "auto" else [config.transport]
+    opened = {name: open_transport(name, config) for name in (*names, FilesTransport.name)}
+    if config.transport == "auto" and installed():
+        nixl = Deferred(NixlTransport.name, NixlTransport.limits, lambda: open_transport(NixlTransport.name, config))
+        opened = {"local": opened["local"], nixl.name: nixl, FilesTransport.name: opened[FilesTransport.name]}
     return opened
 
 
