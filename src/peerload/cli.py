@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """Words it doesn't know are told like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, next_step=f"{self.prog} --help")
+        raise ConfigError(message)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(chosen if chosen in COMMANDS else None).parse_args(words)
     except ConfigError as error:
-        Console(json="--json" in words).fail(error)
+        help_of = f"peerload {chosen} --help" if chosen in COMMANDS else "peerload --help"
+        Console(json="--json" in words).fail(ConfigError(error.message, next_step=help_of))
         return error.exit_code
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
