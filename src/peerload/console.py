@@ -56,8 +56,8 @@ class Console:
             return
         table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", box=SIMPLE_HEAD)
         for i, column in enumerate(columns):
-            numeric = bool(rows) and not isinstance(rows[0][i], str)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            numeric = all(_is_number(row[i]) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
         for row in rows:
             table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
         self.out.print(table)
@@ -84,3 +84,12 @@ class Console:
         self.err.print(f"peerload: {type(error).__name__}: {error.message}", style="bold red")
         if error.next_step:
             self.err.print(f"  next: {error.next_step}")
+
+
+def _is_number(cell: object) -> bool:
+    """12, "1.5", "1.000x" and "98%" stand right-aligned; so does nothing else."""
+    try:
+        float(str(cell).rstrip("x%"))
+    except ValueError:
+        return False
+    return True

@@ -19,12 +19,11 @@ def show(console: Console, story: Story) -> None:
         )
         for receipt, event in zip(story.receipts, story.target, strict=True)
     ]  # fmt: skip
-    columns = ("rank", "needed MB", "wire MB", "wire/needed", "operations", *(f"{phase} ms" for phase in PHASES))
     console.table(
         f"target TP{story.target_tp} out of seed TP{story.seed_tp}: {story.model}, {story.model_nbytes / 1e6:.0f} MB",
-        (*columns, "GB/s", "of memcpy", "verified", "extra MB"),
+        ("rank", "needed MB", "wire MB", "wire/needed", "ops", *PHASES, "GB/s", "of memcpy", "verified", "extra MB"),
         rows,
-        caption="extra MB: peak memory during the load beyond the rank's own weights",
+        caption="discover to commit in milliseconds; extra MB: peak memory of the load beyond the rank's own weights",
     )
     wire, slowest_s = sum(r.wire_nbytes for r in story.receipts), max(r.seconds.get("transfer", 0.0) for r in story.receipts)
     rate = wire / slowest_s / 1e9 if slowest_s else 0.0
