@@ -46,7 +46,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.document(
         {
             "ok": story.equal, "model": story.model, "model_bytes": story.model_nbytes, "seed_tp": story.seed_tp,
-            "target_tp": story.target_tp, "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2), "tokens_equal": story.tokens_equal,
+            "target_tp": story.target_tp, "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2),
+            "fresh_gb_per_s": round(story.fresh_gb_per_s, 2), "tokens_equal": story.tokens_equal,
             "differing": story.differing, "disk_load_s": round(story.disk_s, 3), "wall_s": round(story.wall_s, 1),
             "tokens": story.tokens, "ranks": [_rank(event) for event in story.target],
         }

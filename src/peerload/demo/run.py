@@ -20,7 +20,7 @@ from pathlib import Path
 from ..config import Config
 from ..console import Console
 from ..errors import ConfigError, HostError, PeerloadError
-from ..limits import memcpy_gb_per_s
+from ..limits import fresh_gb_per_s, memcpy_gb_per_s
 from ..receipt import Receipt
 from .events import Event, Generated, Loaded, Progress
 from .instance import Instance, RankSpec
@@ -42,6 +42,7 @@ class Story:
     seed_tp: int
     target_tp: int
     memcpy_gb_per_s: float
+    fresh_gb_per_s: float
     target: list[Loaded]
     disk_s: float
     differing: list[str]
@@ -71,8 +72,10 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         if not model:
             _make_checkpoint(console, directory)
         nbytes = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
-        limit = memcpy_gb_per_s()
-        console.say(f"limit: this machine copies {limit:.1f} GB/s with {threads} threads")
+        limit, fresh = memcpy_gb_per_s(), fresh_gb_per_s()
+        console.say(
+            f"limits: {threads} threads here copy {limit:.1f} GB/s, and {fresh:.1f} GB/s into memory that was never touched"
+        )
         url = stack.enter_context(coordinator(room))
         console.say(f"coordinator listens on {url}")
         config = config.replace(url=url, model_name=config.model_name or directory.resolve().name)
@@ -90,7 +93,7 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         with _shown(console, disk_spec, room, f"baseline TP{target_tp}: the engine's own load from disk") as disk:
             disk_loaded, disk_said = disk.wait_for(Loaded, START_S), disk.wait_for(Generated, START_S)
     return Story(
-        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit,
+        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit, fresh_gb_per_s=fresh,
         target=target_loaded, disk_s=max(event.engine_s for event in disk_loaded), differing=_differing(target_said, disk_said),
         tokens_equal=target_said[0].tokens == disk_said[0].tokens, tokens=target_said[0].tokens, text=target_said[0].text,
         wall_s=time.perf_counter() - begun_s,

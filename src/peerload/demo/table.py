@@ -27,7 +27,7 @@ def show(console: Console, story: Story) -> None:
     )
     wire, slowest_s = sum(r.wire_nbytes for r in story.receipts), max(r.seconds.get("transfer", 0.0) for r in story.receipts)
     rate = wire / slowest_s / 1e9 if slowest_s else 0.0
-    share = f"{rate / limit:.0%} of this machine's memcpy, {limit:.1f} GB/s"
+    share = f"{rate / limit:.0%} of this machine's memcpy, {rate / story.fresh_gb_per_s:.0%} of what it copies into fresh memory"
     console.text(f"all ranks together:  {wire / 1e6:.0f} MB in {slowest_s:.3f} s, {rate:.1f} GB/s ({share})")
     whole_s = max(r.wall_s for r in story.receipts)
     console.text(f"discover to commit:  {whole_s:.2f} s; the engine's own load from a hot page cache took {story.disk_s:.2f} s")
