@@ -37,7 +37,7 @@ def _copy_gb_per_s(source: Bytes, make_target: Callable[[], Bytes], threads: int
         target[part] = source[part]  # memcpy, without the interpreter lock
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(len, parts))  # the threads are there before the clock starts
+        list(pool.map(str, range(threads)))  # the threads are there before the clock starts
         begin_s = time.perf_counter()
         list(pool.map(copy, parts))
         return len(source) / (time.perf_counter() - begin_s) / 1e9

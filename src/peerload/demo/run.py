@@ -93,10 +93,10 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         with _shown(console, disk_spec, room, f"baseline TP{target_tp}: the engine's own load from disk") as disk:
             disk_loaded, disk_said = disk.wait_for(Loaded, START_S), disk.wait_for(Generated, START_S)
     return Story(
-        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit, fresh_gb_per_s=fresh,
-        target=target_loaded, disk_s=max(event.engine_s for event in disk_loaded), differing=_differing(target_said, disk_said),
-        tokens_equal=target_said[0].tokens == disk_said[0].tokens, tokens=target_said[0].tokens, text=target_said[0].text,
-        wall_s=time.perf_counter() - begun_s,
+        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit,
+        fresh_gb_per_s=fresh, target=target_loaded, disk_s=max(event.engine_s for event in disk_loaded),
+        differing=_differing(target_said, disk_said), tokens_equal=target_said[0].tokens == disk_said[0].tokens,
+        tokens=target_said[0].tokens, text=target_said[0].text, wall_s=time.perf_counter() - begun_s,
     )  # fmt: skip
 
 
