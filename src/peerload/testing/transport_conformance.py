@@ -16,7 +16,6 @@ process wherever the transport can reach one.
 from __future__ import annotations
 
 import abc
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
