@@ -178,6 +178,7 @@ def test_refusals_are_named(plan: Plan, tmp_path: Path) -> None:
     ("source", "target", "status", "problem"),
     [
         pytest.param("tp=2", "tp=2,ep=2", 3, "LlamaForCausalLM at tp=2,ep=2: transformers fails: .* no `ep_plan`", marks=newer),
+        pytest.param("tp=2", "tp=2,pp=2", 3, "can't split the layers of a pipeline stage by tensor parallelism", marks=newer),
         ("tp=2", "tp=4,dp=2", 2, "is no parallel layout"),
         ("disk", "tp=2", 2, "no directory with safetensors"),
     ],

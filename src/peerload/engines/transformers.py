@@ -164,7 +164,12 @@ def _load(
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if recorder.refusals:
             raise recorder.refusals[0] from error
-        raise LayoutError(f"{kind.__name__} at {parallel}: transformers fails: {error!r}") from error
+        problem, next_step = f"{kind.__name__} at {parallel}: transformers fails: {error!r}", ""
+        if parallel.tp > 1 and parallel.pp > 1 and isinstance(error, KeyError):
+            # Seen in 5.23: its tensor-parallel plan is applied to every layer's name after the other stages' layers are gone.
+            problem += " (it can't split the layers of a pipeline stage by tensor parallelism)"
+            next_step = "use tp or pp alone, or another transformers"
+        raise LayoutError(problem, next_step=next_step) from error
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.known(t)}
     reason = f"unknown to {kind.__name__}"
