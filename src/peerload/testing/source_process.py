@@ -54,7 +54,7 @@ class SourceProcess:
 
     def __enter__(self) -> SourceProcess:
         command = [sys.executable, "-m", __name__, json.dumps(self._order)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._hear()
         return self
 
