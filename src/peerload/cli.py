@@ -27,6 +27,9 @@ COMMANDS = {
     "bench": "measure this host: memcpy, transports, digest, planner",
 }
 
+#: As shells say it: 128 and the number of SIGINT.
+INTERRUPTED = 130
+
 EPILOG = """\
 exit status: 0 done; 2 bad arguments or configuration; 3 no plan possible (the hole or refusal is named);
 4 sources lost and no fallback left; 5 verification failed; 1 anything else.
@@ -89,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.fail(error)
         return error.exit_code
     except KeyboardInterrupt:
+        console.document({"error": "Interrupted", "message": "interrupted", "exit_code": INTERRUPTED})
         console.say("interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         logging.getLogger(__name__).critical("unexpected error", exc_info=True)
         console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))

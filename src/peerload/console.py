@@ -23,6 +23,7 @@ class Console:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
+        self._told = False
         self.out = RichConsole(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
         self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -68,8 +69,9 @@ class Console:
             self.out.print(text)
 
     def document(self, document: Mapping[str, object]) -> None:
-        """The result, for machines."""
-        if self.json:
+        """The result, for machines. Only the first counts: what goes wrong after it is told on standard error."""
+        if self.json and not self._told:
+            self._told = True
             sys.stdout.write(json.dumps(document) + "\n")
             sys.stdout.flush()
 

@@ -241,6 +241,24 @@ def test_bench_ends_in_the_benchmark_s_own_document() -> None:
     assert files == set(listed)
 
 
+def test_an_interrupted_command_still_tells_one_document() -> None:
+    command = [*PEERLOAD, "bench", "plan", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        until_s = time.monotonic() + 30
+        while not children.read_text() and time.monotonic() < until_s:
+            time.sleep(0.02)
+        (child,) = children.read_text().split()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert json.loads(out)["exit_code"] == 130
+        assert not Path(f"/proc/{child}").exists()
+    finally:
+        process.kill()
+
+
 # Weights.
 
 
