@@ -230,6 +230,20 @@ def test_doctor_survives_a_coordinator_that_is_not_there() -> None:
     assert "127.0.0.1:1" in outcome.document["next_step"]
 
 
+def test_doctor_says_it_when_no_transport_works() -> None:
+    code = (
+        "import sys; sys.modules['peerload.native._lib'] = None\n"  # as if it had never been compiled
+        "from peerload.cli import main; sys.exit(main(['doctor', '--fast', '--json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment()
+    )
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    assert outcome.status == 1
+    assert (outcome.document["ok"], outcome.document["transports"]) == (False, [])
+    assert "C compiler" in outcome.document["next_step"]
+
+
 def test_bench_ends_in_the_benchmark_s_own_document() -> None:
     outcome = peerload("bench", "--json", "plan", "--", "--runs", 1, "--case", "llama-70b fp8 tp2 -> tp4")
     assert outcome.status == 0, outcome.err

@@ -203,7 +203,7 @@ def _memcpy() -> Iterator[Finding]:
 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     nbytes = min(MEMCPY_NBYTES, free // 8)
-    one, every = memcpy_gb_per_s(1, nbytes, 2), memcpy_gb_per_s(0, nbytes, 2)
+    one, every = memcpy_gb_per_s(1, nbytes), memcpy_gb_per_s(0, nbytes)
     text = f"{one:.1f} GB/s with one thread, {every:.1f} GB/s with {cores()}: what a load is held against"
     yield Finding("memcpy", "ok", text, facts={"one_thread_gb_s": round(one, 2), "all_threads_gb_s": round(every, 2)})
 
