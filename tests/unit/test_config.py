@@ -44,7 +44,7 @@ def test_every_key_can_be_a_keyword_argument() -> None:
 
 def test_a_missing_file_is_named_wherever_its_path_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEERLOAD_CONFIG", "/nonexistent/peerload.json")
-    with pytest.raises(ConfigError, match="configuration file /nonexistent/peerload.json: No such file"):
+    with pytest.raises(ConfigError, match=r"configuration file /nonexistent/peerload.json: No such file"):
         Config.load()
 
 

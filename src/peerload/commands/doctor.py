@@ -188,7 +188,7 @@ def _devices() -> Iterator[Finding]:
     smi, gpus, todo = shutil.which("nvidia-smi"), list[str](), ""
     if smi:
         query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE_S, check=False)  # noqa: S603
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         gpus = [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
     elif Path("/dev/nvidia0").exists():
         todo = "/dev/nvidia0 is there, nvidia-smi isn't: install the driver's tools"

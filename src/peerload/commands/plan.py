@@ -90,9 +90,10 @@ class _Rank:
 
     def row(self) -> tuple[object, ...]:
         plan, lowered = self.plan, self.lowered
+        overhead = lowered.wire_nbytes / max(1, plan.nbytes)
         return (
-            self.number, _mb(plan.nbytes), _mb(lowered.wire_nbytes), f"{lowered.wire_nbytes / max(1, plan.nbytes):.3f}x", len(plan),
-            lowered.operations, len(lowered.steps), _mb(lowered.staging_nbytes), round(self.layout_s, 3), round(self.plan_s, 3),
+            self.number, _mb(plan.nbytes), _mb(lowered.wire_nbytes), f"{overhead:.3f}x", len(plan), lowered.operations,
+            len(lowered.steps), _mb(lowered.staging_nbytes), round(self.layout_s, 3), round(self.plan_s, 3),
             round(self.lower_s, 3),
         )  # fmt: skip
 
