@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
@@ -43,7 +43,8 @@ class Reader:
 
     def __init__(self, transports: Mapping[str, Transport], staging_nbytes: int) -> None:
         self._transports = transports
-        self._share = staging_nbytes // WORKERS
+        needed = any(not transport.limits.strided for transport in transports.values())
+        self._share = staging_nbytes // WORKERS if needed else 0
         self._staging = Arena(WORKERS * (self._share + 4096))
         self._slots = [self._staging.allocate(self._share + 4096, 4096) for _ in range(WORKERS)]
         self._peers: dict[SourceId, tuple[Transport, str]] = {}
@@ -79,6 +80,7 @@ class Reader:
         free, undone = list(self._slots), {i for i, o in enumerate(plan.offers) if o.source in failures}
         lost: list[IntArray] = [np.flatnonzero(np.isin(plan.offer, sorted(undone)))]
         lost_opaques = [row for row, o, _ in plan.opaque if o in undone]
+        stop = Event()
 
         def drain(i: int) -> int:
             """All steps of offer i; returns how many were done."""
@@ -90,6 +92,8 @@ class Reader:
                 transport, peer = self._reach(offer)
                 self._check_fence(transport, peer, offer, slot, deadline)
                 for step in steps[i]:
+                    if stop.is_set():
+                        return 0
                     self._step(transport, peer, step, slot + 4096, deadline)
                     done += 1
                     on_bytes(step.wire.nbytes)
@@ -104,7 +108,11 @@ class Reader:
             return done
 
         with ThreadPoolExecutor(min(WORKERS, max(1, len(steps))), "peerload-read") as pool:
-            done = dict(zip(steps, pool.map(drain, steps), strict=True))
+            try:
+                done = dict(zip(steps, pool.map(drain, steps), strict=True))
+            except BaseException:
+                stop.set()  # nobody will use what the other threads read
+                raise
         for i, mine in steps.items():
             for step in mine[done[i] :]:
                 lost.append(step.copies[step.copies >= 0])
@@ -112,7 +120,8 @@ class Reader:
         finished = [s for i, mine in steps.items() for s in mine[: done[i]]]
         return Outcome(
             np.unique(np.concatenate(lost)), tuple(sorted(set(lost_opaques))), failures,
-            sum(s.wire.nbytes for s in finished), sum(s.operations for s in finished), max((p.staging_nbytes for p in parts), default=0),
+            sum(s.wire.nbytes for s in finished), sum(s.operations for s in finished),
+            max((p.staging_nbytes for p in parts), default=0),
         )  # fmt: skip
 
     def _step(self, transport: Transport, peer: str, step: Step, staging: int, deadline: Deadline) -> None:

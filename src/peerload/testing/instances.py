@@ -16,11 +16,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,9 @@ from .oracle import numbered, scattered, shards
 
 Bytes = npt.NDArray[np.uint8]
 
+SINGLE: Final = Parallel()
+CONFIG: Final = Config(transport="local", fallback="fail", deadline_s=30.0, threads=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
@@ -52,10 +56,10 @@ class Life:
 
     url: str
     model: Model
-    parallel: Parallel = Parallel()
+    parallel: Parallel = SINGLE
     instance: str
     ranks: tuple[int, ...] = ()
-    config: Config = Config(transport="local", fallback="fail", deadline_s=30.0, threads=1)  # noqa: RUF009 - frozen
+    config: Config = CONFIG
     memory: str = "arena"
     version: int = 0
     ttl_s: float = 30.0
@@ -141,7 +145,7 @@ def load_ranks(
             receipt, error = None, None
             try:
                 receipt = load(job)
-            except BaseException as raised:  # noqa: BLE001 - the caller judges
+            except BaseException as raised:  # the caller judges
                 error = raised
             return Result(rank, receipt, error, differences(life, bare), time.perf_counter() - begun_s)
 
@@ -195,10 +199,8 @@ class _Process:
 
     def close(self, grace_s: float = 10.0) -> None:
         if self._process.is_alive():
-            try:
+            with suppress(OSError):
                 self._link.send("end")
-            except OSError:
-                pass
             self._process.join(grace_s)
         if self._process.is_alive():
             self.kill()
@@ -219,7 +221,7 @@ class SeedProcess(_Process):
         self.close()
 
     def ask(self, order: str) -> object:
-        """"change": other weights, announced properly; "begin change": never finished; "flip": a bit of the first byte of
+        """ "change": other weights, announced properly; "begin change": never finished; "flip": a bit of the first byte of
         every buffer, told to nobody; "leave": withdraw and stay alive."""
         self._link.send(order)
         return self.hear()
@@ -330,5 +332,3 @@ def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
         (r.rank, r.receipt and r.receipt.to_dict(), r.error and (type(r.error).__name__, str(r.error)), r.wrong) for r in results
     ])  # fmt: skip
     _order(link)
-
-
