@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import peerload.load as load_module
+from peerload.bare import BareRank
 from peerload.config import Config
 from peerload.errors import (
     CommitError,
@@ -23,12 +27,14 @@ from peerload.errors import (
     SourcesExhausted,
     VerifyError,
 )
-from peerload.manifest import Parallel
+from peerload.manifest import ModelKey, Parallel
 from peerload.rpc.client import CoordinatorClient
+from peerload.seed import Seed
 from peerload.testing.instances import Life, Result, SeedProcess, TargetProcess, load_ranks, on_disk
-from peerload.testing.layouts import llama
+from peerload.testing.layouts import layout, llama
 from peerload.transport.base import Limits, Transport
 from peerload.transport.faulty import Faults, Faulty
+from peerload.transport.local import LocalTransport
 from peerload.transport.registry import probe
 
 pytestmark = pytest.mark.e2e
@@ -37,6 +43,8 @@ pytestmark = pytest.mark.e2e
 MODEL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
 CONFIG = Config(transport="local", fallback="fail", deadline_s=30.0, threads=1)
 BATCH = 64 << 10
+#: The last one is that of the test that runs.
+NAME = ["test-0"]
 
 HAVE_NIXL = probe("nixl").available
 needs_nixl = pytest.mark.skipif(not HAVE_NIXL, reason="nixl is not installed")
@@ -60,18 +68,14 @@ def shared_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def url(shared_url: str) -> Iterator[str]:
-    """The coordinator of all tests; each must leave it without holdings."""
-    with CoordinatorClient(shared_url) as client:
-        until = time.monotonic() + 5
-        while client.status().holdings and time.monotonic() < until:  # killed seeds of the test before: short leases
-            time.sleep(0.05)
-        assert not client.status().holdings
-        yield shared_url
+def url(shared_url: str) -> str:
+    """The coordinator of all tests; each has a model of its own, since the leases of killed seeds outlive a test."""
+    NAME.append(f"test-{len(NAME)}")
+    return shared_url
 
 
 def seed(url: str, instance: str = "seed", **changes: object) -> Life:
-    values = {"url": url, "model": MODEL, "instance": instance, "config": CONFIG, "ttl_s": 2.0, **changes}
+    values = {"url": url, "model": MODEL, "name": NAME[-1], "instance": instance, "config": CONFIG, "ttl_s": 2.0, **changes}
     return Life(**values)  # type: ignore[arg-type]
 
 
@@ -360,7 +364,7 @@ class TestAllOrNone:
 
     def test_ctrl_c_ends_a_load_at_once_and_the_others_hear_of_it(self, url: str) -> None:
         launch = {"launch": "two"}
-        code = CTRL_C.format(url=url)
+        code = CTRL_C.format(url=url, name=NAME[-1])
         command = [sys.executable, "-c", code]
         with SeedProcess(seed(url, "a")), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
             assert one.stdout is not None
@@ -400,7 +404,7 @@ with closing(Faulty(LocalTransport(1), Faults(delay_s=0.5))) as local, Coordinat
     print("begun", flush=True)
     begun = time.monotonic()
     try:
-        load(Job(ModelKey("synthetic", "small"), bare.layout, bare.address, bare.regions("arena"), Member("target", 1, 2, "two"),
+        load(Job(ModelKey("{name}", "small"), bare.layout, bare.address, bare.regions("arena"), Member("target", 1, 2, "two"),
                  {{"local": local}}, Config(fallback="fail", deadline_s=30.0), coordinator=client))
     except KeyboardInterrupt as error:
         print("KeyboardInterrupt", time.monotonic() - begun, flush=True)
@@ -477,7 +481,7 @@ class TestWaiting:
         begun_s = time.monotonic()
         error = only(load_ranks(target(url, config=CONFIG.replace(wait_s=1.0))), DeadlineExceeded)
         assert time.monotonic() - begun_s < 4
-        assert "not enough seeds of synthetic@small" in str(error)
+        assert f"not enough seeds of {NAME[-1]}@small" in str(error)
 
     def test_nobody_comes_and_the_disk_serves(self, url: str, tmp_path: Path) -> None:
         life = target(url, config=CONFIG.replace(wait_s=1.0, fallback="disk"))
@@ -581,3 +585,66 @@ class TestStaging:
         with SeedProcess(seed(url, "a", config=config)):
             good(results := load_ranks(target(url, 4, config=config)))
         assert all(r.receipt is not None and r.receipt.staging_nbytes <= (1 << 20) // 4 for r in results)
+
+
+class TestSize:
+    def test_measurements_larger_than_a_message_go_in_parts(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(load_module, "PART_NBYTES", 100)
+        with SeedProcess(seed(url, "a")):
+            good(results := load_ranks(target(url, 3)))
+        assert len({r.receipt.digest for r in results if r.receipt is not None}) == 1
+        assert all(r.receipt is not None and r.receipt.verified_nbytes == r.receipt.needed_nbytes for r in results)
+
+    @pytest.mark.parametrize("staging_nbytes", [0, 32 << 20])
+    def test_a_target_needs_memory_for_its_weights_and_its_staging(self, url: str, staging_nbytes: int) -> None:
+        """270 MB; for a transport without strides a TP2 target, half of whose weights are cut rows."""
+        made = layout(LARGE)
+        bare = BareRank.of(made)
+        with closing(bare.arena), closing(LocalTransport(2)) as local, CoordinatorClient(url) as client:
+            view = np.frombuffer(bare.arena.view(bare.arena.address + 4096, bare.arena.used_nbytes - 4096), np.uint8)
+            view[:] = np.random.default_rng(0).integers(0, 256, view.size, np.uint8)
+            local.register(bare.regions("arena"))
+            key = ModelKey("synthetic", "large")
+            with Seed(key, made, bare.address, coordinator=client, transports={"local": local}, instance="seed", threads=2):
+                command = [sys.executable, "-c", MEASURE, url, str(staging_nbytes)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+        told = json.loads(done.stdout)
+        assert told["needed"] > (120e6 if staging_nbytes else 240e6)
+        assert (
+            told["verified"] < 1e5 if staging_nbytes else told["verified"] == told["needed"]
+        )  # half an instance proves norms only
+        assert told["staging"] <= staging_nbytes // 4
+        assert bool(told["staging"]) == bool(staging_nbytes)
+        assert told["peak"] <= told["needed"] + staging_nbytes + 32e6
+
+
+LARGE = llama(name="large", hidden=1024, inter=4096, heads=8, kv_heads=8, head=128, layers=7, vocabulary=8000)
+#: Loads it in a fresh process and says how much memory that took, bytes: peak resident set, less what it was before.
+MEASURE = """
+import json, sys
+from contextlib import closing
+from pathlib import Path
+from peerload.bare import BareRank
+from peerload.config import Config
+from peerload.load import Job, Member, load
+from peerload.manifest import ModelKey, Parallel
+from peerload.rpc.client import CoordinatorClient
+from peerload.testing.layouts import layout, llama
+from peerload.transport.base import Limits
+from peerload.transport.local import LocalTransport
+def status(field):
+    return next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+staging = int(sys.argv[2])
+model = llama(name="large", hidden=1024, inter=4096, heads=8, kv_heads=8, head=128, layers=7, vocabulary=8000)
+bare = BareRank.of(layout(model, Parallel(tp=2 if staging else 1), 0))
+with closing(LocalTransport(2)) as local, CoordinatorClient(sys.argv[1]) as client:
+    if staging:
+        local.limits = Limits(strided=False, operation_nbytes=16 << 10, max_batch_nbytes=256 << 20)
+    client.status()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    receipt = load(Job(ModelKey("synthetic", "large"), bare.layout, bare.address, bare.regions("arena"), Member("target"),
+                       {"local": local}, Config(fallback="fail", staging_bytes=staging), coordinator=client))
+    print(json.dumps({"peak": status("VmHWM") - before, "needed": receipt.needed_nbytes, "verified": receipt.verified_nbytes,
+                      "staging": receipt.staging_nbytes}))
+"""

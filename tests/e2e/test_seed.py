@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def descriptors() -> set[str]:
     found = set()
     for fd in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(fd)
+            target = str(fd.readlink())
         except OSError:
             continue
         if "peerload" in target:
@@ -142,9 +141,9 @@ class TestEnds:
         with serve("127.0.0.1:0") as gone:
             address = gone.address
         before = descriptors()
-        with CoordinatorClient(address, timeout_s=0.5) as client:
-            with pytest.raises(CoordinatorError), make(client, rank, local):
-                pass
+        client = CoordinatorClient(address, timeout_s=0.5)
+        with client, pytest.raises(CoordinatorError), make(client, rank, local):
+            pass
         assert descriptors() == before
         assert heartbeats() == []
 
@@ -175,18 +174,18 @@ class TestEnds:
     def test_many_lives_leave_no_descriptor(self, coordinator: Coordinator, tmp_path: Path) -> None:
         """Loads that succeed, that fail, and seeds, over and over."""
         life = Life(url=coordinator.address, model=MODEL, instance="target", config=CONFIG)
-        shared = set(os.listdir("/dev/shm"))
+        shared = {*Path("/dev/shm").iterdir()}
         with SeedProcess(Life(url=coordinator.address, model=MODEL, instance="seed", config=CONFIG)):
             load_ranks(life)
-            before, count = descriptors(), len(os.listdir("/proc/self/fd"))
+            before, count = descriptors(), len(list(Path("/proc/self/fd").iterdir()))
             for _ in range(5):
                 (result,) = load_ranks(life)
                 assert result.error is None
         (failed,) = load_ranks(life)
         assert isinstance(failed.error, PlanError)
         assert descriptors() == before
-        assert len(os.listdir("/proc/self/fd")) <= count
-        assert set(os.listdir("/dev/shm")) == shared
+        assert len(list(Path("/proc/self/fd").iterdir())) <= count
+        assert {*Path("/dev/shm").iterdir()} == shared
 
     def test_fds_of_a_process_that_reads_many_seeds(self, coordinator: Coordinator) -> None:
         def life(name: str) -> Life:
@@ -194,9 +193,9 @@ class TestEnds:
 
         with SeedProcess(life("a")), SeedProcess(life("b")), SeedProcess(life("c")):
             load_ranks(life("target"))
-            count = len(os.listdir("/proc/self/fd"))
+            count = len(list(Path("/proc/self/fd").iterdir()))
             load_ranks(life("target"))
-            assert len(os.listdir("/proc/self/fd")) <= count
+            assert len(list(Path("/proc/self/fd").iterdir())) <= count
 
 
 class TestBareRanks:

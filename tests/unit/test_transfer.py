@@ -207,5 +207,3 @@ def test_staged_reads_are_exact(stack: ExitStack, staging_nbytes: int) -> None:
 def test_the_fence_is_16_bytes_of_the_generation() -> None:
     assert fence(GENERATION).hex() == GENERATION
     assert len(fence(GENERATION)) == FENCE_NBYTES
-
-

@@ -49,7 +49,8 @@ CONFIG: Final = Config(transport="local", fallback="fail", deadline_s=30.0, thre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """One life of an instance, or of some ranks of it. `ranks`: those in this process (default: all).
+    """One life of an instance, or of some ranks of it. `ranks`: those in this process (default: all). `name`: of the model
+    at the coordinator.
 
     memory: where a seed's buffers lie: "arena" (one memfd), "plain" (one private block) or "blocks" (a private block for
     each buffer). version: which weights; equal versions are equal bytes. launch: as in `Member`."""
@@ -58,6 +59,7 @@ class Life:
     model: Model
     parallel: Parallel = SINGLE
     instance: str
+    name: str = "synthetic"
     ranks: tuple[int, ...] = ()
     config: Config = CONFIG
     memory: str = "arena"
@@ -68,7 +70,7 @@ class Life:
 
     @property
     def key(self) -> ModelKey:
-        return ModelKey("synthetic", self.model.name)
+        return ModelKey(self.name, self.model.name)
 
     @property
     def size(self) -> int:
@@ -221,8 +223,8 @@ class SeedProcess(_Process):
         self.close()
 
     def ask(self, order: str) -> object:
-        """ "change": other weights, announced properly; "begin change": never finished; "flip": a bit of the first byte of
-        every buffer, told to nobody; "leave": withdraw and stay alive."""
+        """Have it do one thing. "change": other weights, announced properly; "begin change": never finished; "flip": a bit of
+        the first byte of every buffer, told to nobody; "leave": withdraw and stay alive."""
         self._link.send(order)
         return self.hear()
 
