@@ -313,10 +313,6 @@ class TargetProcess(_Process):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def interrupt(self) -> None:
-        """As Ctrl-C would."""
-        os.kill(self.pid, signal.SIGINT)
-
 
 def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
     begun = False
