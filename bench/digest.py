@@ -134,7 +134,7 @@ def main() -> None:
     nbytes = int(options.gib * (1 << 30))
     source = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
     to = np.zeros_like(source)
-    to[:: 4096] = 1  # touch it
+    to[::4096] = 1  # touch it
     result = {"cpus": len(os.sched_getaffinity(0)), "nbytes": nbytes, "rates": against_memcpy(source, to, options.rounds)}
     result |= {"small": small_pieces(source, options.rounds), "comparison": comparison(options.rounds)}
     print(json.dumps(result))

@@ -1,5 +1,4 @@
-"""Which of many boxes tile which other boxes exactly: along one axis by sorting, in general by a bounded search.
-"""
+"""Which of many boxes tile which other boxes exactly: along one axis by sorting, in general by a bounded search."""
 
 from __future__ import annotations
 

@@ -238,9 +238,7 @@ def decode_layout(data: bytes, catalog_of: Callable[[str], Catalog]) -> Layout:
         buffer_nbytes=_column(message.buffer_nbytes, "layout.buffer_nbytes"),
         pieces=pieces,
         constants=tuple(Constant(c.buffer, c.offset, tuple(c.shape), tuple(c.stride), c.fill) for c in message.constant),
-        opaques=tuple(
-            Opaque(o.name, o.tag, o.buffer, o.offset, o.nbytes, tuple(o.covers), o.reason) for o in message.opaque
-        ),
+        opaques=tuple(Opaque(o.name, o.tag, o.buffer, o.offset, o.nbytes, tuple(o.covers), o.reason) for o in message.opaque),
         aliases={pair.name: pair.text for pair in message.alias},
         ignored={pair.name: pair.text for pair in message.ignored},
         parallel=decode_parallel(message.parallel),

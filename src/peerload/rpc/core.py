@@ -111,9 +111,7 @@ class Core:
         stored = self._store.blob(digest)
         if stored is None:
             raise BlobMissing(f"blob {digest[:64]!r} is not here")
-        return pb.Blob(
-            kind=pb.BlobKind.ValueType(stored.kind), digest=digest, nbytes=stored.nbytes, packed=stored.packed
-        )
+        return pb.Blob(kind=pb.BlobKind.ValueType(stored.kind), digest=digest, nbytes=stored.nbytes, packed=stored.packed)
 
     def _unpacked(self, digest: str, kind: Kind) -> Blob:
         blob = codec.unpack(self.blob(digest))
