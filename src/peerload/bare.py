@@ -19,10 +19,9 @@ from .memory import Arena, Placed, regions_for
 from .receipt import Receipt
 from .rpc.client import CoordinatorClient
 from .transport.base import Region, Transport
+from .transport.files import FilesTransport
+from .transport.local import LocalTransport
 from .transport.registry import open_transports
-
-#: Buffers begin at multiples of this, bytes.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +35,8 @@ class BareRank:
     @classmethod
     def of(cls, layout: Layout) -> Self:
         sizes = layout.buffer_nbytes.tolist()
-        arena = Arena(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes) or 1)
-        return cls(layout, np.array([arena.allocate(n, ALIGNMENT) for n in sizes], np.int64), arena)
+        arena = Arena(Arena.room(sizes))
+        return cls(layout, np.array([arena.place(n) for n in sizes], np.int64), arena)
 
     def regions(self, registration: str) -> list[Region]:
         block, sizes = self.arena.region(), self.layout.buffer_nbytes.tolist()
@@ -61,6 +60,8 @@ def bare_ranks(
     `member` names the instance; its size is that of the whole instance, or 1 for ranks that load by themselves.
     on_bytes(rank, done, wanted). Raises what `load` raises, the cause before ranks that only heard of it."""
     opened = open_transports(config)
+    # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
+    alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
     ranks = [BareRank.of(layout) for layout in layouts]
     try:
 
@@ -68,7 +69,8 @@ def bare_ranks(
             number = rank.layout.rank
             job = Job(
                 model, rank.layout, rank.address, rank.regions(config.registration), replace(member, rank=number), opened, config,
-                coordinator=coordinator, reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(number, done, wanted),
+                coordinator=coordinator, arena=rank.arena if alone else None, reserve=reserve,
+                on_bytes=lambda _, done, wanted: on_bytes(number, done, wanted),
             )  # fmt: skip
             return load(job)
 
