@@ -65,6 +65,7 @@ class Seed:
         self._arena, self._digests, self._threads, self._ttl_s = arena, digests, threads, ttl_s
         self._stop = Event()
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
+        self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
         self._offer: Offer | None = None
         self._lease: Lease | None = None
         self._fence = Arena(FENCE_NBYTES, "peerload-fence")
@@ -80,12 +81,14 @@ class Seed:
     def __enter__(self) -> Seed:
         self._publish()
         self._heart.start()
+        self._huge.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
         self._stop.set()
         self._heart.join()
+        self._huge.join()
         if self._lease is not None:
             try:
                 self._coordinator.withdraw(self._lease)
@@ -145,6 +148,11 @@ class Seed:
 
     def _announce(self) -> Lease:
         return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)
+
+    def _enlarge(self) -> None:
+        """Move the arena into huge pages, so that attaching it costs few page faults. It stays readable meanwhile."""
+        if self._arena is not None:
+            self._arena.collapse(self._stop.is_set)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._ttl_s / 3):
