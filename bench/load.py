@@ -22,9 +22,11 @@ from typing import Final
 
 from peerload.config import Config
 from peerload.console import Console
+from peerload.demo.events import Generated, Loaded
 from peerload.demo.instance import Instance, RankSpec
 from peerload.demo.run import START_S, coordinator
 from peerload.limits import memcpy_gb_per_s
+from peerload.receipt import Receipt
 
 #: Common ones, about 1 GiB with 9 layers: every shard is a whole number of pages, as in the models people serve.
 DIMENSIONS: Final[dict[str, int]] = {
@@ -61,28 +63,26 @@ def main(argv: list[str] | None = None) -> int:
             rendezvous="", log_path="",
         )  # fmt: skip
         seed = stack.enter_context(Instance(spec, room))
-        seed.wait_for("loaded", START_S)
-        seed.wait_for("generated", START_S)
+        seed.wait_for(Generated, START_S)
         target = replace(spec, size=args.target_tp, config=config.replace(source=False, fallback="fail"))
         ours: list[float] = []
         theirs: list[float] = []
-        receipts: list[dict[str, object]] = []
+        receipts: list[Receipt] = []
         for number in range(args.rounds + 1):
             for role, figures in (("peer", ours), ("disk", theirs)):
                 with Instance(replace(target, role=role, instance=f"{role}{number}"), room) as instance:
-                    events = instance.wait_for("loaded", START_S)
-                whole_s = max(float(str(e["whole_s"])) for e in events)
+                    events = instance.wait_for(Loaded, START_S)
+                whole_s = max(e.whole_s for e in events)
                 if number > 0:  # the first of each warms up
                     figures.append(whole_s)
-                    if role == "peer":
-                        receipts += [json.loads(str(e["receipt"])) for e in events]
+                    receipts += [e.receipt for e in events if e.receipt is not None]
                 console.say(f"{role}: {whole_s:.3f} s")
-    phases = sorted({p for r in receipts for p in r["seconds"]})  # type: ignore[attr-defined]
-    seconds = {p: round(statistics.median(r["seconds"].get(p, 0.0) for r in receipts), 4) for p in phases}  # type: ignore[attr-defined]
+    phases = sorted({p for r in receipts for p in r.seconds})
+    seconds = {p: round(statistics.median(r.seconds.get(p, 0.0) for r in receipts), 4) for p in phases}
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     print(json.dumps({
         "bench": "load", "model_bytes": nbytes, "seed_tp": args.seed_tp, "target_tp": args.target_tp,
-        "attached_bytes": sum(int(r["attached_nbytes"]) for r in receipts) // args.rounds,  # type: ignore[call-overload]
+        "attached_bytes": sum(r.attached_nbytes for r in receipts) // args.rounds,
         "memcpy_gb_per_s": round(limit, 2),
         "peerload_s": round(statistics.median(ours), 4), "engine_disk_s": round(statistics.median(theirs), 4),
         "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Self
 
 import numpy as np
@@ -59,30 +60,38 @@ def bare_ranks(
 
     `member` names the instance; its size is that of the whole instance, or 1 for ranks that load by themselves.
     on_bytes(rank, done, wanted). Raises what `load` raises, the cause before ranks that only heard of it."""
-    opened = open_transports(config)
-    # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
-    alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
-    ranks = [BareRank.of(layout) for layout in layouts]
-    try:
+    with ExitStack() as stack:
+        ranks = []
+        for layout in layouts:
+            ranks.append(BareRank.of(layout))
+            stack.callback(ranks[-1].arena.close)
+        opened = {name: stack.enter_context(closing(t)) for name, t in open_transports(config).items()}
+        # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
+        alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
+        given_up = Event()
 
         def fill(rank: BareRank) -> Receipt:
             number = rank.layout.rank
+
+            def report(_phase: str, done: int, wanted: int) -> None:
+                if given_up.is_set():
+                    raise CommitError(f"rank {number} was stopped")
+                on_bytes(number, done, wanted)
+
             job = Job(
                 model, rank.layout, rank.address, rank.regions(config.registration), replace(member, rank=number), opened, config,
-                coordinator=coordinator, arena=rank.arena if alone else None, reserve=reserve,
-                on_bytes=lambda _, done, wanted: on_bytes(number, done, wanted),
+                coordinator=coordinator, arena=rank.arena if alone else None, reserve=reserve, on_bytes=report,
             )  # fmt: skip
             return load(job)
 
         with ThreadPoolExecutor(len(ranks), "peerload-rank") as pool:
-            futures = [pool.submit(fill, rank) for rank in ranks]
+            try:
+                futures = [pool.submit(fill, rank) for rank in ranks]
+                wait(futures)
+            except BaseException:  # Ctrl-C: memory may go only when nobody writes to it
+                given_up.set()
+                raise
         errors = [error for f in futures if (error := f.exception()) is not None]
         if errors:
             raise min(errors, key=lambda e: isinstance(e, CommitError))
         yield [(rank, f.result()) for rank, f in zip(ranks, futures, strict=True)], opened
-    finally:
-        for transport in opened.values():
-            with closing(transport):
-                pass
-        for rank in ranks:
-            rank.arena.close()

@@ -27,6 +27,9 @@ COMMANDS = {
     "bench": "measure this host: memcpy, transports, digest, planner",
 }
 
+#: As shells say it: 128 and the number of SIGINT.
+INTERRUPTED = 130
+
 EPILOG = """\
 exit status: 0 done; 2 bad arguments or configuration; 3 no plan possible (the hole or refusal is named);
 4 sources lost and no fallback left; 5 verification failed; 1 anything else.
@@ -41,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
     """Words it doesn't know are told like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, next_step=f"{self.prog} --help")
+        raise ConfigError(message)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -75,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(chosen if chosen in COMMANDS else None).parse_args(words)
     except ConfigError as error:
-        Console(json="--json" in words).fail(error)
+        help_of = f"peerload {chosen} --help" if chosen in COMMANDS else "peerload --help"
+        Console(json="--json" in words).fail(ConfigError(error.message, next_step=help_of))
         return error.exit_code
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -88,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.fail(error)
         return error.exit_code
     except KeyboardInterrupt:
+        console.document({"error": "Interrupted", "message": "interrupted", "exit_code": INTERRUPTED})
         console.say("interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         logging.getLogger(__name__).critical("unexpected error", exc_info=True)
         console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))

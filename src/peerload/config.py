@@ -74,15 +74,16 @@ class Config:
         return cls(**values)
 
     @classmethod
-    def load(cls, source: str = "", **overrides: Any) -> Config:
+    def load(cls, source: str = "", /, **overrides: Any) -> Config:
         """From a JSON document or the path of one (default: $PEERLOAD_CONFIG, else the defaults); keyword arguments
         that are not None win."""
         text = source if source else os.environ.get("PEERLOAD_CONFIG", "")
         if text and not text.lstrip().startswith("{"):
+            path = Path(text)
             try:
-                text = Path(text).read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
             except OSError as error:
-                raise ConfigError(f"configuration file {source}: {error.strerror}") from error
+                raise ConfigError(f"configuration file {path}: {error.strerror}") from error
         try:
             values = json.loads(text) if text else {}
         except json.JSONDecodeError as error:

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from .errors import PeerloadError, PlanError
 
-
 #: Columns of a table that goes to a file or a pipe.
 WIDTH = 160
 
@@ -24,6 +23,7 @@ class Console:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
+        self._told = False
         self.out = RichConsole(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
         self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -57,8 +57,8 @@ class Console:
             return
         table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", box=SIMPLE_HEAD)
         for i, column in enumerate(columns):
-            numeric = bool(rows) and not isinstance(rows[0][i], str)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            numeric = all(_is_number(row[i]) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
         for row in rows:
             table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
         self.out.print(table)
@@ -69,8 +69,9 @@ class Console:
             self.out.print(text)
 
     def document(self, document: Mapping[str, object]) -> None:
-        """The result, for machines."""
-        if self.json:
+        """The result, for machines. Only the first counts: what goes wrong after it is told on standard error."""
+        if self.json and not self._told:
+            self._told = True
             sys.stdout.write(json.dumps(document) + "\n")
             sys.stdout.flush()
 
@@ -85,3 +86,12 @@ class Console:
         self.err.print(f"peerload: {type(error).__name__}: {error.message}", style="bold red")
         if error.next_step:
             self.err.print(f"  next: {error.next_step}")
+
+
+def _is_number(cell: object) -> bool:
+    """12, "1.5", "1.000x" and "98%" stand right-aligned; so does nothing else."""
+    try:
+        float(str(cell).rstrip("x%"))
+    except ValueError:
+        return False
+    return True

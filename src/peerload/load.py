@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from .config import Config
 from .deadline import Deadline
 from .digest import DigestArray, digest_boxes
-from .errors import CommitError, ConfigError, PeerloadError, PlanError, SourcesExhausted, VerifyError
+from .errors import CommitError, ConfigError, DeadlineExceeded, PeerloadError, PlanError, SourcesExhausted, VerifyError
 from .geometry import IntArray
 from .manifest import Layout, ModelKey, Offer, SourceId
 from .memory import Arena, fill
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 #: Times a range that arrived wrong is read again before the load is given up.
 REREADS = 3
+#: What the ranks of an instance exchange goes in parts of this size at most, bytes; all ranks' together are one message.
+PART_NBYTES = (1 << 20) - 1
+MESSAGE_NBYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ class _Run:
         self.sources: list[str] = []
         self.read_from: dict[str, Read] = {}
         self.failures: dict[SourceId, str] = {}
-        self.mistrusted: set[str] = set()
+        self.suspicion: dict[str, int] = {}
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
         self.round = self.rereads = self.hashed = 0
 
@@ -159,9 +163,13 @@ class _Run:
             return True
 
         with self.phase("discover"):
-            if job.config.wait_s == 0:
-                return others(coordinator.discover(job.model))
-            return others(coordinator.wait_for(job.model, self.deadline.within(job.config.wait_s), enough))
+            if job.config.wait_s > 0:
+                try:
+                    return others(coordinator.wait_for(job.model, self.deadline.within(job.config.wait_s), enough))
+                except DeadlineExceeded:
+                    if not self._reserve or self.deadline.remaining_s == 0:
+                        raise
+            return others(coordinator.discover(job.model))
 
     @contextmanager
     def registered(self) -> Iterator[Reader]:
@@ -177,12 +185,14 @@ class _Run:
 
     def fetch(self, wants: Wants, offers: Sequence[Offer], reader: Reader) -> None:
         """Read all of `wants`; a source that fails gives its remainder back to the planner."""
-        total, done = wants.nbytes, 0
+        total, done, lock = wants.nbytes, 0, Lock()
 
         def on_bytes(nbytes: int) -> None:
             nonlocal done
-            done += nbytes
-            self.job.on_bytes("transfer", done, total)
+            with lock:
+                done += nbytes
+                now = min(done, total)  # staging and second tries move more than is wanted
+            self.job.on_bytes("transfer", now, total)
 
         while len(wants) or wants.opaque:
             with self.phase("plan"):
@@ -192,20 +202,26 @@ class _Run:
             self._note(plan, outcome)
             wants = plan.rest(outcome.undone, outcome.undone_opaques)
 
+    @property
+    def _reserve(self) -> list[Offer]:
+        return list(self.job.reserve) if self.job.config.fallback == "disk" else []
+
     def _plan(self, wants: Wants, offers: Sequence[Offer]) -> Plan:
-        """Over the offers we still trust; when they don't suffice, over all that still answer."""
+        """Over the instances that were never wrong; when those don't suffice, with one suspect more at a time, so that
+        what was wrong is read whole from one that can be told right from wrong."""
         config, member = self.job.config, self.job.member
-        alive = [o for o in offers if o.source not in self.failures]
-        reserve = [o for o in self.job.reserve if o.source not in self.failures] if config.fallback == "disk" else []
-        trusted = [o for o in alive if str(o.source) not in self.mistrusted]
-        salt = f"{member.instance}/{member.rank}"
-        try:
-            plan = make_plan(wants, trusted, reserve=reserve, match=config.match, salt=salt)
-        except PlanError as error:
-            if len(trusted) == len(alive):
-                raise self._exhausted(error) from error
-            plan = make_plan(wants, alive, reserve=reserve, match=config.match, salt=salt)
-        return plan
+        seeds, reserve = ([o for o in some if o.source not in self.failures] for some in (offers, self._reserve))
+        suspicion = {o.source.instance: self.suspicion.get(o.source.instance, 0) for o in (*seeds, *reserve)}
+        order = sorted(suspicion, key=lambda instance: (suspicion[instance], instance))
+        trusted = sum(count == 0 for count in suspicion.values())
+        while True:
+            usable, last = ([o for o in some if o.source.instance in order[:trusted]] for some in (seeds, reserve))
+            try:
+                return make_plan(wants, usable, reserve=last, match=config.match, salt=f"{member.instance}/{member.rank}")
+            except PlanError as error:
+                trusted += 1
+                if trusted > len(order):
+                    raise self._exhausted(error) from error
 
     def _exhausted(self, error: PlanError) -> PeerloadError:
         if not self.failures:
@@ -226,6 +242,10 @@ class _Run:
         self.filled.add(piece, start, stop, number[plan.offer[done]], np.zeros(len(done), np.uint64))
         nbytes = np.bincount(plan.offer[done], plan.copy_nbytes[done], len(names)).astype(np.int64)
         copies = np.bincount(plan.offer[done], minlength=len(names))
+        for row, offer, _ in plan.opaque:
+            if row not in outcome.undone_opaques:
+                nbytes[offer] += plan.wants.layout.opaques[row].nbytes
+                copies[offer] += 1
         for name, size, count in zip(names, nbytes.tolist(), copies.tolist(), strict=True):
             if count:
                 before = self.read_from.get(name, Read(0, 0))
@@ -274,7 +294,10 @@ class _Run:
         said = [str(m) for m in verdict.mismatches[:20]]
         doubts = [line for part in self._exchange(json.dumps(said).encode()) for line in json.loads(part)]
         if doubts and self.rereads >= REREADS:
-            raise VerifyError(f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(set(doubts))))
+            raise VerifyError(
+                f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(set(doubts))),
+                next_step="withdraw the seed that all of them were read from, or look at this host's memory and network",
+            )
         return not doubts
 
     def doubted(self, verdict: Verdict) -> Wants:
@@ -284,22 +307,38 @@ class _Run:
         self.rereads += 1
         wrong = verdict.wrong(self.job.member.rank)
         bad, layout = self.filled.take(wrong), self.job.layout
-        self.mistrusted |= {self.sources[i] for i in np.unique(bad.source).tolist()}
+        self._suspect(verdict)
         self.filled = self.filled.take(np.setdiff1d(np.arange(len(self.filled)), wrong))
         self.hashed = len(self.filled)
         wants = Wants(layout, bad.piece, bad.start, bad.stop)
         self.reread_nbytes += wants.nbytes
         return wants
 
+    def _suspect(self, verdict: Verdict) -> None:
+        """Count against instances, in the same way on every rank, what they had part in; most if nobody else had."""
+        for mismatch in verdict.mismatches:
+            instances = {name.rpartition("/rank ")[0] for name in mismatch.sources}
+            for instance in instances:
+                self.suspicion[instance] = self.suspicion.get(instance, 0) + (1000 if len(instances) == 1 else 1)
+
     def _exchange(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, by rank, once all have sent theirs. Raises CommitError if one has given up."""
         member, coordinator = self.job.member, self.job.coordinator
         if coordinator is None or member.size == 1:
             return [payload]
+        step = min(PART_NBYTES, MESSAGE_NBYTES // member.size)
+        parts = [payload[at : at + step] for at in range(0, len(payload), step)] or [b""]
+        heard: list[bytes] = [b""] * member.size
+        more = True
         with self.phase("commit"):
-            parts = coordinator.agree(self._group, self.round, member.rank, member.size, payload, self.deadline)
-        self.round += 1
-        return parts
+            while more:  # until nobody's payload has another part: its first byte says so
+                part = parts.pop(0) if parts else b""
+                said = (b"+" if parts else b".") + part
+                answers = coordinator.agree(self._group, self.round, member.rank, member.size, said, self.deadline)
+                self.round += 1
+                heard = [old + new[1:] for old, new in zip(heard, answers, strict=True)]
+                more = any(new[:1] == b"+" for new in answers)
+        return heard
 
     @property
     def _group(self) -> str:
@@ -312,7 +351,8 @@ class _Run:
             return
         reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
         try:
-            coordinator.abort(self._group, self.round, member.rank, member.size, reason)
+            for number in (self.round, self.round + 1):  # the others may have agreed on this round without our hearing of it
+                coordinator.abort(self._group, number, member.rank, member.size, reason)
         except PeerloadError as unheard:
             log.warning("peerload: rank %d could not tell the others that it gave up: %s", member.rank, unheard.message)
 

@@ -183,7 +183,7 @@ def _direct_steps(
     if len(rows) == 0:
         return
     batch, first = _joined(copies.take(rows), buffers[rows])
-    last = np.append(first[1:], len(rows)) - 1  # row range of the copies each joined row stands for
+    whole, plain = batch.src, (batch.count == 1).all(axis=1)
     # A group is what begins within half a batch, and no copy is larger than the other half.
     half_nbytes, half_operations = max(1, limits.max_batch_nbytes // 2), max(1, limits.max_operations // 2)
     limit = np.full(len(batch), half_nbytes)
@@ -195,9 +195,14 @@ def _direct_steps(
     if limits.max_operations:
         operations = np.ones_like(runs) if limits.strided else runs
         group += _cumulated(operations) // half_operations  # both grow: the sum changes where either does
+    # The copies that each part of a joined row is of, from low to high: a lost source must not take back the others.
+    begin = _cumulated(copies.run[rows])
+    at = begin[first[parent]] + np.where(plain[parent], batch.src - whole[parent], 0)
+    low = np.searchsorted(begin, at, "right") - 1
+    high = np.maximum(low, np.searchsorted(begin, at + batch.run, "left") - 1)
     edges = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
     for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        covered = owner[rows[first[parent[a]] : last[parent[b - 1]] + 1]]
+        covered = owner[rows[low[a] : high[b - 1] + 1]]
         part = batch.take(slice(a, b))
         yield Step(offer, part, None, 0, len(part) if limits.strided else part.operations, np.unique(covered))
 

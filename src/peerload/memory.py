@@ -183,8 +183,10 @@ class Arena:
         usable. False where the kernel can't (before 6.1, or no 2 MiB left in one piece), where pages of others are attached,
         and when `stop()`, asked every 64 MiB, says so."""
         nbytes = self._used // HUGE_NBYTES * HUGE_NBYTES
+        if self._attached:
+            return False
         for begin in range(0, nbytes, COLLAPSE_NBYTES):
-            if self._attached or stop() or lib.peerload_collapse(self.address + begin, min(COLLAPSE_NBYTES, nbytes - begin)):
+            if stop() or lib.peerload_collapse(self.address + begin, min(COLLAPSE_NBYTES, nbytes - begin)):
                 return False
         return True
 

@@ -150,7 +150,10 @@ def make_plan(
     holes = [wants.hole(row, start, stop, _why(wants, row, usable)) for row, start, stop in chosen.holes]
     holes += opaque_holes
     if holes:
-        missing = "nobody offers anything" if not usable else "the offers don't cover what is wanted"
+        if usable:
+            missing = "the offers don't cover what is wanted"
+        else:
+            missing = "every offer was refused" if refusals else "nobody offers anything"
         raise PlanError(
             f"rank {wants.layout.rank} ({wants.layout.parallel}) can't be planned: {missing}",
             holes=tuple(holes), refusals=tuple(refusals),
@@ -276,9 +279,10 @@ def _why(wants: Wants, row: int, offers: Sequence[Offer]) -> str:
         for opaque in offer.layout.opaques:
             if name in opaque.covers:
                 return f"{offer.source} holds it only inside opaque {opaque.name} ({opaque.reason or opaque.tag})"
-    having = [o for o in offers if name in o.layout.catalog.row]
-    if not having:
-        return "no offer's model has this tensor"
+    if not offers:
+        return "there is no usable offer"
+    if not any(name in o.layout.catalog.row for o in offers):
+        return "no usable offer's model has this tensor"
     return "no usable offer holds this part"
 
 

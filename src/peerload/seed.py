@@ -13,11 +13,12 @@ import logging
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import numpy as np
 import numpy.typing as npt
 
+from .deadline import Deadline
 from .digest import digest_pieces
 from .errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from .geometry import IntArray
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds a lease lasts; a heartbeat comes three times as often, so two may be lost.
 TTL_S = 30.0
+#: An unreachable coordinator may hold up the end of a seed for so long, seconds: the lease runs out by itself.
+GOODBYE_S = 2.0
 
 
 class Seed:
@@ -64,6 +67,7 @@ class Seed:
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
         self._arena, self._digests, self._threads, self._ttl_s = arena, digests, threads, ttl_s
         self._stop = Event()
+        self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
         self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
         self._offer: Offer | None = None
@@ -79,30 +83,52 @@ class Seed:
         return self._offer
 
     def __enter__(self) -> Seed:
-        self._publish()
+        try:
+            self._publish()
+        except BaseException:
+            self._clear_fence()
+            self._fence.close()
+            raise
         self._heart.start()
         self._huge.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
-        self._stop.set()
-        self._heart.join()
+        self._clear_fence()
+        self._withdraw()
+        self._heart.join(GOODBYE_S)
         self._huge.join()
-        if self._lease is not None:
-            try:
-                self._coordinator.withdraw(self._lease)
-            except CoordinatorError as error:  # the lease will run out by itself
-                log.warning("peerload: could not withdraw %s: %s", self.offer.source, error.message)
         self._fence.close()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Change the weights in place: the old generation can't be read from the first moment on, the new one is announced
-        after the block."""
-        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
-        yield
+        after the block. If the block raises, nobody knows what the weights are now: they are offered no more."""
+        self._clear_fence()
+        try:
+            yield
+        except BaseException:
+            self._withdraw()
+            raise
         self._publish()
+
+    def _clear_fence(self) -> None:
+        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
+
+    def _withdraw(self) -> None:
+        """End the heartbeat and the lease, whichever generation it is of."""
+        self._stop.set()
+        if not self._announcing.acquire(timeout=GOODBYE_S):
+            log.warning("peerload: %s is being announced while it ends; its lease will run out", self.offer.source)
+            return
+        try:
+            if self._lease is not None:
+                self._coordinator.withdraw(self._lease, Deadline.after(GOODBYE_S))
+        except (CoordinatorError, DeadlineExceeded) as error:
+            log.warning("peerload: could not withdraw %s, its lease will run out: %s", self.offer.source, error.message)
+        finally:
+            self._lease = None
+            self._announcing.release()
 
     def _publish(self) -> None:
         """Hash what is in memory now, and announce it as a new generation."""
@@ -122,8 +148,9 @@ class Seed:
             fence_address=self._fence.fence_address,
             attributes=self._attributes,
         )
-        self._offer = Offer(self._layout, binding)
-        self._lease = self._announce()
+        with self._announcing:
+            self._offer = Offer(self._layout, binding)
+            self._lease = self._announce()
 
     def _thawed(self) -> bool:
         """Freeze the arena, once. True if its memfd mustn't be read (any more), which the transports have then been told: the
@@ -157,17 +184,23 @@ class Seed:
     def _beat(self) -> None:
         while not self._stop.wait(self._ttl_s / 3):
             try:
-                self._renew()
+                with self._announcing:
+                    if not self._stop.is_set():
+                        self._renew()
             except LeaseSuperseded as error:
                 log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)  # noqa: TRY400 - nothing to trace
                 return
             except (CoordinatorError, DeadlineExceeded) as error:
                 log.warning("peerload: heartbeat of %s failed, trying again: %s", self.offer.source, error.message)
+            except Exception:
+                log.exception("peerload: heartbeat of %s failed, trying again", self.offer.source)
 
     def _renew(self) -> None:
-        assert self._lease is not None, "the heartbeat runs while the seed is entered"
+        """Raises LeaseSuperseded when another process has taken this rank's place."""
+        deadline = Deadline.after(self._ttl_s / 3)  # a late heartbeat is of no use
         try:
-            self._coordinator.renew(self._lease)
+            if self._lease is not None:
+                self._coordinator.renew(self._lease, deadline)
         except LeaseUnknown:
             log.info("peerload: the coordinator has forgotten %s; announcing again", self.offer.source)
             self._lease = self._announce()

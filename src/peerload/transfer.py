@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -58,7 +58,8 @@ class Reader:
 
     def __init__(self, transports: Mapping[str, Transport], staging_nbytes: int, arena: Arena | None = None) -> None:
         self._transports, self._arena = transports, arena
-        self._share = staging_nbytes // WORKERS
+        needed = any(not transport.limits.strided for transport in transports.values())
+        self._share = staging_nbytes // WORKERS if needed else 0
         self._staging = Arena(WORKERS * (self._share + 4096))
         self._slots = [self._staging.allocate(self._share + 4096, 4096) for _ in range(WORKERS)]
         self._peers: dict[SourceId, tuple[Transport, str]] = {}
@@ -95,6 +96,7 @@ class Reader:
         lost: list[IntArray] = [np.flatnonzero(np.isin(plan.offer, sorted(undone)))]
         attached = dict.fromkeys(steps, 0)
         lost_opaques = [row for row, o, _ in plan.opaque if o in undone]
+        stop = Event()
 
         def drain(i: int) -> int:
             """All steps of offer i; returns how many were done."""
@@ -106,6 +108,8 @@ class Reader:
                 transport, peer = self._reach(offer)
                 self._check_fence(transport, peer, offer, slot, deadline)
                 for step in steps[i]:
+                    if stop.is_set():
+                        return 0
                     attached[i] += self._step(transport, peer, step, slot + 4096, deadline)
                     done += 1
                     on_bytes(step.wire.nbytes)
@@ -120,7 +124,11 @@ class Reader:
             return done
 
         with ThreadPoolExecutor(min(WORKERS, max(1, len(steps))), "peerload-read") as pool:
-            done = dict(zip(steps, pool.map(drain, steps), strict=True))
+            try:
+                done = dict(zip(steps, pool.map(drain, steps), strict=True))
+            except BaseException:
+                stop.set()  # nobody will use what the other threads read
+                raise
         for i, mine in steps.items():
             for step in mine[done[i] :]:
                 lost.append(step.copies[step.copies >= 0])

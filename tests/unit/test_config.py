@@ -37,6 +37,17 @@ def test_keyword_arguments_win_unless_they_are_none() -> None:
     assert Config.load(document, url="b:2", match=None) == Config(url="b:2", match="same-parallelism")
 
 
+def test_every_key_can_be_a_keyword_argument() -> None:
+    assert Config.load(**{name: key.default for name, key in KEYS.items()}) == Config()
+    assert not Config.load(source=False).source
+
+
+def test_a_missing_file_is_named_wherever_its_path_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERLOAD_CONFIG", "/nonexistent/peerload.json")
+    with pytest.raises(ConfigError, match=r"configuration file /nonexistent/peerload.json: No such file"):
+        Config.load()
+
+
 def test_an_unknown_key_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown configuration key 'trasnport'") as error:
         Config.load('{"trasnport": "nixl"}')

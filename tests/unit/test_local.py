@@ -20,9 +20,10 @@ from peerload.errors import HostError, SourceLost, SourceUnreachable
 from peerload.memory import Arena
 from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import strided
-from peerload.transport.attached import why_not
+from peerload.transport.attached import Description, why_not
 from peerload.transport.base import Region
-from peerload.transport.handover import Connection
+from peerload.transport.handover import Connection, Handover
+from peerload.transport.host import boot_id, pid_namespace, start_time
 from peerload.transport.local import LocalTransport
 from peerload.transport.registry import cma_error
 
@@ -94,16 +95,16 @@ ORPHAN = """
 import os, sys, time
 from peerload.memory import Arena
 from peerload.transport.local import LocalTransport
-arena = Arena(4096)
-address = arena.allocate(100)
+arena = Arena(1 << 20)
+address = arena.allocate(1 << 20)
 transport = LocalTransport(threads=1)
 transport.register([arena.region()])
-description = transport.describe()
+print(address, transport.describe().decode(), flush=True)
+sys.stdin.readline()
 child = os.fork()
 if child == 0:
     time.sleep(60)
-sys.stdout.write(f"{child} {address} {description.decode()}\\n")
-sys.stdout.flush()
+print(child, flush=True)
 sys.stdin.read()
 os._exit(0)
 """
@@ -113,19 +114,24 @@ def test_a_forked_child_that_holds_the_socket_is_no_sign_of_life(reader: LocalTr
     process = subprocess.Popen([sys.executable, "-c", ORPHAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
-    child, address, description = process.stdout.readline().split(b" ", 2)
+    child = 0
     try:
-        with Arena(4096) as arena:
-            here = arena.allocate(100)
+        with Arena(1 << 20) as arena:
+            here = arena.allocate(1 << 20)
             reader.register([arena.region()])
+            address, description = process.stdout.readline().split(b" ", 1)
             peer = reader.connect(description, "source")
-            reader.read(peer, block(int(address), here, 100), SOON)
+            process.stdin.write(b"fork\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            reader.read(peer, block(int(address), here, 1 << 20), SOON)
             process.kill()
             process.wait(10)
             with pytest.raises(SourceLost):
-                reader.read(peer, block(int(address), here, 100), SOON)
+                reader.read(peer, block(int(address), here, 1 << 20), SOON)
     finally:
-        os.kill(int(child), 9)
+        if child:
+            os.kill(child, 9)
         process.stdin.close()
         process.stdout.close()
 
@@ -192,6 +198,45 @@ def test_a_memfd_that_could_shrink_is_never_mapped(seed: LocalTransport, reader:
         reader.read(reader.connect(seed.describe(), "source"), block(address, here, 5), SOON)
         assert arena.read(here, 5) == b"hello"
     os.close(fd)
+
+
+@pytest.mark.skipif(cma_error() != 0, reason="process_vm_readv is forbidden here")
+def test_a_reader_trusts_no_seed_about_seals(reader: LocalTransport) -> None:
+    fd = os.memfd_create("unsealed", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 1 << 20)
+    memory = mmap.mmap(fd, 1 << 20)
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    handover = Handover(lambda: {0: os.dup(fd)})
+    description = Description(
+        host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
+        socket=handover.address, token=handover.token, address=[address], nbytes=[1 << 20], file=[0], offset=[0],
+    )  # fmt: skip
+    before = mapped_nbytes("unsealed")
+    with Arena(1 << 20) as arena:
+        here = arena.allocate(1 << 20)
+        reader.register([arena.region()])
+        peer = reader.connect(description.encode(), "source")
+        assert mapped_nbytes("unsealed") == before
+        reader.read(peer, block(address, here, 1 << 20), SOON)
+        os.ftruncate(fd, 0)
+        with pytest.raises(SourceLost, match="Bad address"):
+            reader.read(peer, block(address, here, 1 << 20), SOON)
+    handover.close()
+    os.close(fd)
+
+
+def test_a_descriptor_that_means_another_file_by_now_is_not_handed_out(seed: LocalTransport) -> None:
+    staging = Arena(4096)
+    number = staging.region().fd
+    seed.register([staging.region()])
+    description = told(seed)
+    staging.close()
+    secret = os.open("/dev/zero", os.O_RDONLY)
+    assert secret == number, "the test needs the number to be used again"
+    connection = Connection(str(description["socket"]), str(description["token"]), SOON)
+    assert connection.receive() == {}
+    connection.close()
+    os.close(secret)
 
 
 def test_regions_whose_memfd_was_closed_are_forgotten(seed: LocalTransport, reader: LocalTransport) -> None:

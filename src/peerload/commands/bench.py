@@ -48,9 +48,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"this installation has no {module}", next_step="pip install peerload, or -e . in the sources")
     command = [sys.executable, "-m", module, *args.arguments]
     if not console.json:
-        return _judged(args.name, subprocess.run(command, check=False).returncode)  # noqa: S603
+        return _judged(args.name, subprocess.run(command, check=False).returncode)
     last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:  # noqa: S603
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         try:
             for line in filter(str.strip, running.stdout):

@@ -12,9 +12,10 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 
 from ..console import Console
+from ..demo.events import Loaded
 from ..errors import ConfigError, VerifyError
 from .options import add_config, config_of
 
@@ -45,9 +46,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.document(
         {
             "ok": story.equal, "model": story.model, "model_bytes": story.model_nbytes, "seed_tp": story.seed_tp,
-            "target_tp": story.target_tp, "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2), "tokens_equal": story.tokens_equal,
+            "target_tp": story.target_tp, "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2),
+            "fresh_gb_per_s": round(story.fresh_gb_per_s, 2), "tokens_equal": story.tokens_equal,
             "differing": story.differing, "disk_load_s": round(story.disk_s, 3), "wall_s": round(story.wall_s, 1),
-            "ranks": [{**e, "receipt": json.loads(str(e["receipt"]))} for e in story.target],
+            "tokens": story.tokens, "ranks": [_rank(event) for event in story.target],
         }
     )  # fmt: skip
     show(console, story)
@@ -55,3 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         what = ", ".join(story.differing[:5]) or "tokens"
         raise VerifyError(f"the target differs from the disk baseline: {what}")
     return 0
+
+
+def _rank(event: Loaded) -> dict[str, object]:
+    assert event.receipt is not None, "the target loads through peerload"
+    return {**dataclasses.asdict(event), "receipt": event.receipt.to_dict(), "extra_nbytes": event.extra_nbytes}

@@ -81,8 +81,8 @@ class _Rank:
     def document(self) -> dict[str, object]:
         plan, lowered = self.plan, self.lowered
         return {
-            "rank": self.number, "needed_bytes": plan.nbytes, "wire_bytes": lowered.wire_nbytes, "copies": len(plan),
-            "operations": lowered.operations, "batches": len(lowered.steps), "staging_bytes": lowered.staging_nbytes,
+            "rank": self.number, "needed_nbytes": plan.nbytes, "wire_nbytes": lowered.wire_nbytes, "copies": len(plan),
+            "operations": lowered.operations, "batches": len(lowered.steps), "staging_nbytes": lowered.staging_nbytes,
             "layout_s": round(self.layout_s, 4), "plan_s": round(self.plan_s, 4), "lower_s": round(self.lower_s, 4),
             "from": {str(source): n for source, n in plan.bytes_by_source.items()},
             "refusals": [r._asdict() for r in plan.refusals],
@@ -90,9 +90,10 @@ class _Rank:
 
     def row(self) -> tuple[object, ...]:
         plan, lowered = self.plan, self.lowered
+        overhead = lowered.wire_nbytes / max(1, plan.nbytes)
         return (
-            self.number, _mb(plan.nbytes), _mb(lowered.wire_nbytes), f"{lowered.wire_nbytes / plan.nbytes:.3f}x", len(plan),
-            lowered.operations, len(lowered.steps), _mb(lowered.staging_nbytes), round(self.layout_s, 3), round(self.plan_s, 3),
+            self.number, _mb(plan.nbytes), _mb(lowered.wire_nbytes), f"{overhead:.3f}x", len(plan), lowered.operations,
+            len(lowered.steps), _mb(lowered.staging_nbytes), round(self.layout_s, 3), round(self.plan_s, 3),
             round(self.lower_s, 3),
         )  # fmt: skip
 
@@ -148,9 +149,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.tensors and not copies:
         raise ConfigError(f"no tensor is like {args.tensors!r}", next_step=f"names look like {catalog.names[0]}")
     document: dict[str, object] = {
-        "model": str(args.model), "tensors": len(catalog), "bytes": catalog.nbytes, "from": args.held, "to": str(ask.target),
+        "model": str(args.model), "tensors": len(catalog), "nbytes": catalog.nbytes, "from": args.held, "to": str(ask.target),
         "transport": ask.transport, "match": ask.config.match,
-        "sources": [{"source": str(o.source), "parallel": str(o.layout.parallel), "bytes": o.layout.nbytes} for o in offers],
+        "sources": [{"source": str(o.source), "parallel": str(o.layout.parallel), "nbytes": o.layout.nbytes} for o in offers],
         "seconds": {name: round(s, 4) for name, s in ask.seconds.items()}, "ranks": [rank.document() for rank in ranks],
     }  # fmt: skip
     if args.tensors:
@@ -160,7 +161,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     _show(console, title, ask, ranks, offers)
     if copies:
         columns = ("rank", "tensor", "box", "from", "MB")
-        rows = [(r["rank"], r["tensor"], r["box"], r["from"], _mb(int(str(r["bytes"])), 3)) for r in copies]
+        rows = [(r["rank"], r["tensor"], r["box"], r["from"], _mb(int(str(r["nbytes"])), 3)) for r in copies]
         console.table(f"copies of {args.tensors}, boxes in the whole tensor's coordinates", columns, rows)
     return 0
 
@@ -226,7 +227,7 @@ def _copies(plan: Plan, pattern: str) -> Iterator[dict[str, object]]:
         box = box_text(plan.start[row], plan.stop[row], len(spec.shape))
         yield {
             "rank": plan.wants.layout.rank, "tensor": spec.name, "box": box,
-            "from": str(plan.offers[int(plan.offer[row])].source), "bytes": int(plan.copy_nbytes[row]),
+            "from": str(plan.offers[int(plan.offer[row])].source), "nbytes": int(plan.copy_nbytes[row]),
         }  # fmt: skip
 
 

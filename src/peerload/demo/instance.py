@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..config import Config
 from ..errors import PeerloadError
+from .events import Event, Failed
 
-Event = dict[str, object]
+Kind = TypeVar("Kind", bound=Event)
 
 
 class RankFailed(PeerloadError):
@@ -73,44 +74,39 @@ class Instance:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_for(self, kind: str, timeout_s: float) -> list[Event]:
+    def wait_for(self, kind: type[Kind], timeout_s: float) -> list[Kind]:
         """The next event of this kind of every rank, by rank; others go to `on_event`. Raises RankFailed when a rank
         reports an error or dies first, naming its log."""
-        found: dict[int, Event] = {}
+        found: dict[int, Kind] = {}
         until = time.monotonic() + timeout_s
         while len(found) < self.size:
-            open_links = {self._links[r]: r for r in range(self.size) if r not in found}
-            ready = wait(list(open_links), timeout=max(0.0, until - time.monotonic()))
+            silent = [rank for rank in range(self.size) if rank not in found]
+            ready = wait([self._links[rank] for rank in silent], timeout=max(0.0, until - time.monotonic()))
             if not ready:
-                silent = ", ".join(str(r) for r in range(self.size) if r not in found)
+                ranks = ", ".join(map(str, silent))
                 raise RankFailed(
-                    f"{self.name}: no {kind!r} from rank {silent} within {timeout_s:.0f} s", 4, next_step=self._logs()
+                    f"{self.name}: no {kind.__name__} from rank {ranks} within {timeout_s:.0f} s", 4, next_step=self._logs()
                 )
-            for link in ready:
-                rank = open_links[link]  # type: ignore[index]
-                event = self._receive(rank)
-                if event["kind"] == kind:
-                    found[rank] = event
-                elif event["kind"] == "error":
-                    raise self._failure(rank, event)
-                else:
-                    self._on_event(rank, event)
-        return [found[r] for r in range(self.size)]
+            for rank in silent:
+                if self._links[rank] in ready:
+                    event = self._receive(rank)
+                    if isinstance(event, kind):
+                        found[rank] = event
+                    else:
+                        self._on_event(rank, event)
+        return [found[rank] for rank in range(self.size)]
 
     def _receive(self, rank: int) -> Event:
+        """What this rank says next. Raises RankFailed when that is the end of it."""
         try:
             event: Event = self._links[rank].recv()
         except (EOFError, ConnectionResetError):
             self.processes[rank].join(5)
-            raise RankFailed(
-                f"{self.name}: rank {rank} died with exit code {self.processes[rank].exitcode}\n{self._tail(rank)}",
-                1,
-                next_step=self._logs(),
-            ) from None
+            died = f"{self.name}: rank {rank} died with exit code {self.processes[rank].exitcode}\n{self._tail(rank)}"
+            raise RankFailed(died, 1, next_step=self._logs()) from None
+        if isinstance(event, Failed):
+            raise RankFailed(f"{self.name}: rank {rank}: {event.message}", event.exit_code, next_step=self._logs())
         return event
-
-    def _failure(self, rank: int, event: Event) -> RankFailed:
-        return RankFailed(f"{self.name}: rank {rank}: {event['message']}", int(str(event["exit_code"])), next_step=self._logs())
 
     def _tail(self, rank: int) -> str:
         path = Path(self._specs[rank].log_path)

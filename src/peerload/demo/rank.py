@@ -28,6 +28,7 @@ from ..engines.transformers import greedy, parameters_of, stock_model
 from ..errors import PeerloadError
 from ..load import Member
 from ..manifest import Parallel
+from .events import Failed, Generated, Loaded, Progress
 from .instance import RankSpec
 
 
@@ -42,17 +43,16 @@ def run_rank(spec: RankSpec, link: Connection) -> None:
                 stack.callback(dist.destroy_process_group)
             model = _from_disk(spec, link) if spec.role == "disk" else _from_peers(spec, link, stack)
             tokens, text = _generate(model, spec)
-            link.send({"kind": "generated", "tokens": tokens, "text": text, "checksums": checksums(model)})
+            link.send(Generated(tokens, text, checksums(model)))
             _wait_for_stop(link)
-        link.send({"kind": "stopped"})
     except KeyboardInterrupt:
         return
     except PeerloadError as error:
         traceback.print_exc()
-        link.send({"kind": "error", "message": error.message, "exit_code": error.exit_code})
+        link.send(Failed(str(error), error.exit_code))
     except Exception as error:  # noqa: BLE001 - the last line of defence of a process: say it, with the traceback
         traceback.print_exc()
-        link.send({"kind": "error", "message": f"{type(error).__name__}: {error}", "exit_code": 1})
+        link.send(Failed(f"{type(error).__name__}: {error}", 1))
 
 
 def _settle_down(spec: RankSpec) -> None:
@@ -71,7 +71,7 @@ def _from_disk(spec: RankSpec, link: Connection) -> PreTrainedModel:
     model = stock_model(spec.model_dir, Parallel(tp=spec.size))
     built_s = time.perf_counter() - begun_s
     _touch(model)
-    link.send({"kind": "loaded", "seconds": built_s, "whole_s": time.perf_counter() - begun_s})
+    link.send(Loaded(engine_s=built_s, whole_s=time.perf_counter() - begun_s))
     return model
 
 
@@ -82,20 +82,19 @@ def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTraine
     def on_opened() -> None:
         _together(spec)
         before["rss"] = _reset_peak_rss()
-        link.send({"kind": "opened"})
 
     mine = stack.enter_context(
         replica(
             spec.model_dir, Parallel(tp=spec.size), Member(spec.instance, spec.rank, spec.size, spec.rendezvous), spec.config,
-            attributes={"engine": f"transformers {transformers_version()}"}, on_opened=on_opened, on_bytes=_reporter(link),
+            attributes={"engine": f"transformers {transformers.__version__}"}, on_opened=on_opened, on_bytes=_reporter(link),
         )
     )  # fmt: skip
     _touch(mine.opened.model)
     link.send(
-        {
-            "kind": "loaded", "whole_s": time.perf_counter() - begun_s, "receipt": mine.receipt.to_json(), "engine_s": mine.engine_s, "rss_before": before["rss"],
-            "rss_peak": _peak_rss(), "held_nbytes": mine.opened.layout.nbytes,
-        }
+        Loaded(
+            engine_s=mine.engine_s, whole_s=time.perf_counter() - begun_s, receipt=mine.receipt, rss_before=before["rss"],
+            rss_peak=_peak_rss(), held_nbytes=mine.opened.layout.nbytes,
+        )
     )  # fmt: skip
     return mine.opened.model
 
@@ -118,7 +117,7 @@ def _generate(model: PreTrainedModel, spec: RankSpec) -> tuple[list[list[int]], 
     """Greedy continuations of the prompts, as token ids and as text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model_dir)
     tokens = [greedy(model, tokenizer(prompt).input_ids, spec.new_tokens) for prompt in spec.prompts]
-    return tokens, [tokenizer.decode(ids) for ids in tokens]
+    return tokens, [str(tokenizer.decode(ids)) for ids in tokens]
 
 
 def _reporter(link: Connection) -> Callable[[str, int, int], None]:
@@ -128,7 +127,7 @@ def _reporter(link: Connection) -> Callable[[str, int, int], None]:
         now_s = time.perf_counter()
         if done >= total or now_s - last_s[0] > 0.1:
             last_s[0] = now_s
-            link.send({"kind": "progress", "done": done, "total": total})
+            link.send(Progress(done, total))
 
     return report
 
@@ -148,10 +147,6 @@ def checksums(model: PreTrainedModel) -> dict[str, str]:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         found[name] = hashlib.sha256(flat.numpy().data).hexdigest()
     return found
-
-
-def transformers_version() -> str:
-    return transformers.__version__
 
 
 def _status(field: str) -> int:

@@ -7,20 +7,23 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
 from ..console import Console
-from ..errors import ConfigError, HostError
-from ..limits import memcpy_gb_per_s
-from .instance import Event, Instance, RankSpec
+from ..errors import ConfigError, HostError, PeerloadError
+from ..limits import fresh_gb_per_s, memcpy_gb_per_s
+from ..receipt import Receipt
+from .events import Event, Generated, Loaded, Progress
+from .instance import Instance, RankSpec
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +34,16 @@ START_S = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """What happened. `target` and `seed`: events "loaded" by rank; tokens by prompt; checksums by rank and parameter."""
+    """What happened. target: by rank. disk_s: the engine's own load of the slowest rank. differing: parameters and buffers
+    whose bytes are not those of the disk baseline, as `rank 1: name`. tokens, text: by prompt, of the target."""
 
     model: str
     model_nbytes: int
     seed_tp: int
     target_tp: int
-    transport: str
     memcpy_gb_per_s: float
-    memcpy_threads: int
-    seed: list[Event]
-    target: list[Event]
+    fresh_gb_per_s: float
+    target: list[Loaded]
     disk_s: float
     differing: list[str]
     tokens_equal: bool
@@ -53,15 +55,16 @@ class Story:
     def equal(self) -> bool:
         return self.tokens_equal and not self.differing
 
-    def receipts(self) -> list[Mapping[str, object]]:
-        return [json.loads(str(event["receipt"])) for event in self.target]
+    @property
+    def receipts(self) -> list[Receipt]:
+        return [event.receipt for event in self.target if event.receipt is not None]
 
 
 def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Config, new_tokens: int) -> Story:
     """Do it all, for real, in processes that are gone when this returns. `model`: a directory, or empty to make one."""
     begun_s = time.perf_counter()
     with ExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peerload-demo-")))
+        room = stack.enter_context(_room())
         directory = Path(model) if model else room / "demo-llama"
         if model and not (directory / "config.json").is_file():
             raise ConfigError(f"{model} has no config.json", next_step="give a directory with a config and safetensors files")
@@ -69,34 +72,48 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         if not model:
             _make_checkpoint(console, directory)
         nbytes = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
-        limit = memcpy_gb_per_s()
-        console.say(f"limit: this machine copies {limit:.1f} GB/s with {threads} threads")
+        limit, fresh = memcpy_gb_per_s(), fresh_gb_per_s()
+        console.say(
+            f"limits: {threads} threads here copy {limit:.1f} GB/s, and {fresh:.1f} GB/s into memory that was never touched"
+        )
         url = stack.enter_context(coordinator(room))
         console.say(f"coordinator listens on {url}")
         config = config.replace(url=url, model_name=config.model_name or directory.resolve().name)
         spec = RankSpec(
-            role="peer", instance="seed", rank=0, size=seed_tp, model_dir=str(directory), config=config, rendezvous="", log_path="",
-            prompts=PROMPTS, new_tokens=new_tokens,
+            role="peer", instance="seed", rank=0, size=seed_tp, model_dir=str(directory), config=config, rendezvous="",
+            log_path="", prompts=PROMPTS, new_tokens=new_tokens,
         )  # fmt: skip
         seed = stack.enter_context(_shown(console, spec, room, f"seed TP{seed_tp}: loads from disk, then offers its memory"))
-        seed_loaded = seed.wait_for("loaded", START_S)
-        seed.wait_for("generated", START_S)
+        seed.wait_for(Generated, START_S)
         target_spec = dataclasses.replace(spec, instance="target", size=target_tp, config=config.replace(fallback="fail"))
         with _shown(console, target_spec, room, f"target TP{target_tp}: loads from the seed's memory") as target:
-            target_loaded = target.wait_for("loaded", START_S)
-            target_said = target.wait_for("generated", START_S)
+            target_loaded, target_said = target.wait_for(Loaded, START_S), target.wait_for(Generated, START_S)
         seed.stop()
         disk_spec = dataclasses.replace(target_spec, role="disk", instance="disk")
         with _shown(console, disk_spec, room, f"baseline TP{target_tp}: the engine's own load from disk") as disk:
-            disk_loaded = disk.wait_for("loaded", START_S)
-            disk_said = disk.wait_for("generated", START_S)
+            disk_loaded, disk_said = disk.wait_for(Loaded, START_S), disk.wait_for(Generated, START_S)
     return Story(
-        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, transport=config.transport,
-        memcpy_gb_per_s=limit, memcpy_threads=threads, seed=seed_loaded, target=target_loaded,
-        disk_s=max(float(str(e["seconds"])) for e in disk_loaded), differing=_differing(target_said, disk_said),
-        tokens_equal=target_said[0]["tokens"] == disk_said[0]["tokens"], tokens=target_said[0]["tokens"],  # type: ignore[arg-type]
-        text=target_said[0]["text"], wall_s=time.perf_counter() - begun_s,  # type: ignore[arg-type]
+        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit,
+        fresh_gb_per_s=fresh, target=target_loaded, disk_s=max(event.engine_s for event in disk_loaded),
+        differing=_differing(target_said, disk_said), tokens_equal=target_said[0].tokens == disk_said[0].tokens,
+        tokens=target_said[0].tokens, text=target_said[0].text, wall_s=time.perf_counter() - begun_s,
     )  # fmt: skip
+
+
+@contextmanager
+def _room() -> Iterator[Path]:
+    """A folder for checkpoint, store and logs, gone afterwards unless something failed: then the logs say what."""
+    room = Path(tempfile.mkdtemp(prefix="peerload-demo-"))
+    try:
+        yield room
+    except PeerloadError:
+        for file in room.rglob("*.safetensors"):
+            file.unlink()
+        raise
+    except BaseException:
+        shutil.rmtree(room, ignore_errors=True)
+        raise
+    shutil.rmtree(room)
 
 
 def _make_checkpoint(console: Console, directory: Path) -> None:
@@ -141,19 +158,17 @@ def _shown(console: Console, spec: RankSpec, room: Path, title: str) -> Iterator
     with console.rank_progress() as show:
 
         def on_event(rank: int, event: Event) -> None:
-            if event["kind"] == "progress":
-                show(rank, int(str(event["done"])), int(str(event["total"])))
+            if isinstance(event, Progress):
+                show(rank, event.done, event.total)
 
         with Instance(spec, room, on_event) as instance:
             yield instance
 
 
-def _differing(ours: list[Event], theirs: list[Event]) -> list[str]:
+def _differing(ours: Sequence[Generated], theirs: Sequence[Generated]) -> list[str]:
     """Parameters and buffers whose bytes differ between two instances, or that only one has, as `rank 1: name`."""
     found = []
     for rank, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        mine, other = a["checksums"], b["checksums"]
-        assert isinstance(mine, dict), "checksums come by name"
-        assert isinstance(other, dict), "checksums come by name"
-        found += [f"rank {rank}: {name}" for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name)]
+        names = sorted(a.checksums.keys() | b.checksums.keys())
+        found += [f"rank {rank}: {name}" for name in names if a.checksums.get(name) != b.checksums.get(name)]
     return found

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -51,21 +51,16 @@ class OpenModel:
 
 
 def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0, catalog: Catalog | None = None) -> Layout:
-    """What rank `rank` (tensor-parallel rank fastest) of `parallel` holds: no weights, no device, no peers.
+    """What rank `rank` (tensor-parallel rank fastest) of `parallel` holds. Needs no weights and no peers, and an
+    accelerator only as far as transformers binds to the first one it sees.
 
     `catalog`: the checkpoint's tensors; None: those that transformers would save. Not thread-safe (it makes and destroys
     the process's group). Raises LayoutError for what the engine does that can't be described, ConfigError for a model or
     a split that transformers doesn't have, HostError in a process that already has a process group."""
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
-
-    def trace() -> Layout:
-        with _impersonated(rank, parallel.tp * parallel.pp), quiet():
-            return _load(files, catalog, parallel, rank, on_meta)[1]
-
-    # DTensor's caches are per thread and key meshes by everything but the rank: another rank's answers would stick.
-    with ThreadPoolExecutor(1, "peerload-trace") as fresh:
-        return fresh.submit(trace).result()
+    with _impersonated(rank, parallel.tp * parallel.pp), quiet():
+        return _load(files, catalog, parallel, rank, on_meta)[1]
 
 
 def open_model(
@@ -158,7 +153,8 @@ def _load(
     kind, recorder = class_of(config), Recorder(allocate)
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
-        with _synchronous(), recorder:
+        # A recorder sees its own thread only.
+        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), recorder:
             model, report = kind.from_pretrained(
                 None, config=config, state_dict=state, dtype="auto", output_loading_info=True,
                 generation_config=generation_config(files), **_split(parallel),
@@ -166,7 +162,12 @@ def _load(
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if recorder.refusals:
             raise recorder.refusals[0] from error
-        raise LayoutError(f"{kind.__name__} at {parallel}: transformers fails: {error!r}") from error
+        problem, next_step = f"{kind.__name__} at {parallel}: transformers fails: {error!r}", ""
+        if parallel.tp > 1 and parallel.pp > 1 and isinstance(error, KeyError):
+            # Seen in 5.23: its tensor-parallel plan is applied to every layer's name after the other stages' layers are gone.
+            problem += " (it can't split the layers of a pipeline stage by tensor parallelism)"
+            next_step = "use tp or pp alone, or another transformers"
+        raise LayoutError(problem, next_step=next_step) from error
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.known(t)}
     reason = f"unknown to {kind.__name__}"
@@ -222,19 +223,22 @@ def _impersonated(rank: int, size: int) -> Iterator[None]:
         return
     if dist.is_initialized():
         raise HostError("this process already has a process group", next_step="derive layouts in a process of its own")
+    # DTensor's caches know meshes by everything but the rank: an answer for one rank would be given for the next.
+    _clear_sharding_prop_cache()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        yield
+        with _environment("LOCAL_RANK", "0"):
+            yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
 
 
 @contextmanager
-def _synchronous() -> Iterator[None]:
-    """Make transformers materialize weights in the calling thread, the only one that a recorder sees."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
+def _environment(name: str, value: str) -> Iterator[None]:
+    """One variable set to `value`, and put back afterwards."""
     before = os.environ.get(name)
-    os.environ[name] = "1"
+    os.environ[name] = value
     try:
         yield
     finally:

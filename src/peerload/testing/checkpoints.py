@@ -73,7 +73,9 @@ def make_checkpoint(
             parameter.copy_(_values(name, tuple(parameter.shape), random))
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, max_new_tokens=32)  # type: ignore[no-untyped-call]
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(directory, max_shard_size=nbytes // shards + 1)
+    transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer(values["vocab_size"]).save_pretrained(directory)
     return directory
 

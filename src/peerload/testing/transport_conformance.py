@@ -16,7 +16,6 @@ process wherever the transport can reach one.
 from __future__ import annotations
 
 import abc
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -78,9 +77,12 @@ class Scene:
 
 def strided(src: int, dst: int, run: int, count: Sequence[int], src_step: Sequence[int], dst_step: Sequence[int]) -> Batch:
     """A batch of one copy; missing levels are outermost."""
-    column = lambda value: np.array([value], np.int64)  # noqa: E731
-    level = lambda values, fill: column([fill] * (LEVELS - len(values)) + list(values))  # noqa: E731
-    return Batch(column(src), column(dst), column(run), level(count, 1), level(src_step, 0), level(dst_step, 0))
+
+    def level(values: Sequence[int], fill: int) -> IntArray:
+        return np.array([[fill] * (LEVELS - len(values)) + list(values)], np.int64)
+
+    src_, dst_, run_ = (np.array([value], np.int64) for value in (src, dst, run))
+    return Batch(src_, dst_, run_, level(count, 1), level(src_step, 0), level(dst_step, 0))
 
 
 def runs(src: IntArray, dst: IntArray, nbytes: int) -> Batch:
@@ -152,10 +154,10 @@ class TransportConformance(abc.ABC):
     def test_runs_of_different_lengths(self) -> None:
         rng = np.random.default_rng(3)
         with self.scene() as scene:
-            run = rng.integers(1, 20_000, 400)
+            run: IntArray = rng.integers(1, 20_000, 400).astype(np.int64)
             end = np.cumsum(run)
-            src = scene.source.address[0] + rng.integers(0, SIZES[0] - run.max(), 400)
-            self.check(scene, Batch.of_runs(src.astype(np.int64), scene.here + end - run, run.astype(np.int64)))
+            src: IntArray = scene.source.address[0] + rng.integers(0, SIZES[0] - int(run.max()), 400).astype(np.int64)
+            self.check(scene, Batch.of_runs(src, scene.here + end - run, run))
 
     def test_half_of_every_row(self) -> None:
         with self.scene() as scene:
@@ -204,8 +206,9 @@ class TransportConformance(abc.ABC):
     @pytest.mark.parametrize("registration", ["per-tensor", "per-allocation", "arena"])
     def test_every_buffer_under_every_registration(self, registration: str) -> None:
         with self.scene(registration) as scene:
-            at = np.cumsum(SIZES) - SIZES
-            batch = Batch.of_runs(np.array(scene.source.address, np.int64), scene.here + at, np.array(SIZES, np.int64))
+            size = np.array(SIZES, np.int64)
+            at: IntArray = np.cumsum(size) - size
+            batch = Batch.of_runs(np.array(scene.source.address, np.int64), scene.here + at, size)
             scene.read(batch)
             for i, nbytes in enumerate(SIZES):
                 assert np.array_equal(scene.landed(int(at[i]), nbytes), content(i, nbytes))

@@ -62,7 +62,6 @@ class Crew:
                     failed = True
                     raise
 
-        deadline.check(doing)
         hands = min(self._threads, len(chunks))
         if hands <= 1:
             drain()

@@ -140,7 +140,8 @@ class LocalTransport:
 
     def _attach(self, there: Attached, batch: Batch, region: IntArray, arena: Mappable) -> Batch:
         page = mmap.PAGESIZE
-        long = batch.run >= ATTACH_NBYTES
+        is_long = batch.run >= ATTACH_NBYTES
+        long, short = np.flatnonzero(is_long), np.flatnonzero(~is_long)
         src, dst, run = batch.take(long).runs()
         fd, offset = there.frozen(src, np.repeat(region[long], batch.count[long].prod(axis=1)))
         begin, end = -(-dst // page) * page, (dst + run) // page * page
@@ -160,7 +161,9 @@ class LocalTransport:
         head = Batch.of_runs(src[done], dst[done], (begin - dst)[done])
         tail = Batch.of_runs((src + end - dst)[done], end[done], (dst + run - end)[done])
         edges = Batch.joined(head, tail)
-        return Batch.joined(batch.take(~long), Batch.of_runs(src[~done], dst[~done], run[~done]), edges.take(edges.run > 0))
+        undone = np.flatnonzero(~done)
+        whole = Batch.of_runs(src[undone], dst[undone], run[undone])
+        return Batch.joined(batch.take(short), whole, edges.take(np.flatnonzero(edges.run)))
 
     def _move(self, there: Attached, batch: Batch, region: IntArray, deadline: Deadline) -> None:
         src, way = there.ways(batch, region)

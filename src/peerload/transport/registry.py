@@ -112,8 +112,8 @@ def cma_error() -> int:
     """0 if one process here may read another of the same user with process_vm_readv, else the errno it gets."""
     python = [sys.executable, "-I", "-S", "-c"]
     pipe = subprocess.PIPE
-    with subprocess.Popen([*python, _READABLE], stdin=pipe, stdout=pipe, text=True) as readable:  # noqa: S603
+    with subprocess.Popen([*python, _READABLE], stdin=pipe, stdout=pipe, text=True) as readable:
         assert readable.stdout is not None
         told = readable.stdout.readline().split()
-        answer = subprocess.run([*python, _READING, *told], stdout=pipe, text=True, timeout=10, check=True).stdout  # noqa: S603
+        answer = subprocess.run([*python, _READING, *told], stdout=pipe, text=True, timeout=10, check=True).stdout
     return int(answer)

@@ -1,0 +1,335 @@
+"""Instances that hold synthetic models, in real processes: seeds to read from, to kill and to change, targets that load.
+
+    with SeedProcess(Life(url=url, model=model, parallel=Parallel(tp=2), instance="seed")) as seed:
+        results = load_ranks(Life(url=url, model=model, parallel=Parallel(tp=4), instance="target"))
+        seed.kill()
+
+What every byte must be is known from `oracle.py`, which shares no code with the planner.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bare import BareRank
+from ..config import Config
+from ..geometry import IntArray
+from ..load import Job, Member, load
+from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
+from ..memory import Arena, Placed, regions_for
+from ..receipt import Receipt
+from ..rpc.client import CoordinatorClient
+from ..seed import Seed
+from ..transport.base import Region, Transport
+from ..transport.files import FileSet
+from ..transport.registry import open_transports
+from .layouts import Model, catalog, checkpoint, layout
+from .oracle import numbered, scattered, shards
+
+Bytes = npt.NDArray[np.uint8]
+
+SINGLE: Final = Parallel()
+CONFIG: Final = Config(transport="local", fallback="fail", deadline_s=30.0, threads=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """One life of an instance, or of some ranks of it. `ranks`: those in this process (default: all).
+
+    memory: where a seed's buffers lie: "arena" (one memfd), "plain" (one private block) or "blocks" (a private block for
+    each buffer). version: which weights; equal versions are equal bytes. launch: as in `Member`."""
+
+    url: str
+    model: Model
+    parallel: Parallel = SINGLE
+    instance: str
+    ranks: tuple[int, ...] = ()
+    config: Config = CONFIG
+    memory: str = "arena"
+    version: int = 0
+    ttl_s: float = 30.0
+    digests: bool = True
+    launch: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def key(self) -> ModelKey:
+        return ModelKey("synthetic", self.model.name)
+
+    @property
+    def size(self) -> int:
+        return self.parallel.tp * self.parallel.pp
+
+    @property
+    def here(self) -> Sequence[int]:
+        return self.ranks or range(self.size)
+
+
+@lru_cache(maxsize=4)
+def _numbers(model: Model) -> Mapping[str, IntArray]:
+    return numbered(catalog(model), dict(model.aliases))
+
+
+def _bytes(numbers: IntArray, version: int) -> Bytes:
+    """The value of each numbered byte; what is not of a tensor is zero."""
+    mixed = (numbers + 1 + version * 7919) * np.int64(0x9E3779B1)
+    return np.where(numbers < 0, 0, (mixed >> 17) & 0xFF).astype(np.uint8)
+
+
+@lru_cache(maxsize=16)
+def content(model: Model, parallel: Parallel, rank: int, version: int = 0) -> Mapping[str, Bytes]:
+    """What each buffer of a rank must hold."""
+    return {name: _bytes(n, version) for name, n in shards(model, _numbers(model), parallel, rank).items()}
+
+
+def on_disk(model: Model, directory: Path, version: int = 0, files: int = 2) -> Offer:
+    """The model's tensors written to files, as an offer of last resort."""
+    made = checkpoint(model, files)
+    paths = []
+    for name, numbers in scattered(made, _numbers(model)).items():
+        paths.append(directory / name)
+        paths[-1].write_bytes(_bytes(numbers, version).tobytes())
+    described = FileSet.of(paths)
+    source = SourceId(str(directory), 0, "disk")
+    return Offer(made, Binding(source, np.array(described.base), (Endpoint("files", described.encode()),)))
+
+
+@dataclass(slots=True)
+class Result:
+    """How one rank's load ended. `wrong`: buffers that don't hold what they must."""
+
+    rank: int
+    receipt: Receipt | None
+    error: BaseException | None
+    wrong: list[str]
+    seconds: float
+
+
+def load_ranks(
+    life: Life,
+    *,
+    wrap: Callable[[int, Transport], Transport] = lambda _, transport: transport,
+    reserve: Sequence[Offer] = (),
+    on_bytes: Callable[[int, int, int], None] = lambda *_: None,
+    size: int = 0,
+) -> list[Result]:
+    """Load the ranks of `life` that are here, each on a thread with a client and transports of its own, as if it were a
+    process. wrap(rank, transport) may put something in between. size: of the group that commits (default: all ranks)."""
+
+    def one(rank: int) -> Result:
+        begun_s = time.perf_counter()
+        bare = BareRank.of(layout(life.model, life.parallel, rank))
+        with ExitStack() as stack:
+            stack.callback(bare.arena.close)
+            client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
+            transports = {n: wrap(rank, stack.enter_context(closing(t))) for n, t in open_transports(life.config).items()}
+            job = Job(
+                life.key, bare.layout, bare.address, bare.regions(life.config.registration),
+                Member(life.instance, rank, size or life.size, life.launch), transports, life.config, coordinator=client,
+                arena=bare.arena, reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
+            )  # fmt: skip
+            receipt, error = None, None
+            try:
+                receipt = load(job)
+            except BaseException as raised:  # the caller judges
+                error = raised
+            return Result(rank, receipt, error, differences(life, bare), time.perf_counter() - begun_s)
+
+    with ThreadPoolExecutor(len(life.here)) as pool:
+        return list(pool.map(one, life.here))
+
+
+def differences(life: Life, bare: BareRank) -> list[str]:
+    """Buffers of a rank that don't hold what they must, each with its first wrong byte."""
+    found = []
+    must = content(life.model, life.parallel, bare.layout.rank, life.version)
+    for name, address, nbytes in zip(
+        bare.layout.buffer_names, bare.address.tolist(), bare.layout.buffer_nbytes.tolist(), strict=True
+    ):
+        if nbytes == 0:
+            continue
+        held = np.frombuffer(bare.arena.view(address, nbytes), np.uint8)
+        if (held != must[name]).any():
+            at = int(np.argmax(held != must[name]))
+            found.append(f"{name}: byte {at} is {held[at]}, must be {must[name][at]}")
+    return found
+
+
+class _Process:
+    """A process that does what `main` says and can be spoken to. Forked from a server that has imported all it needs."""
+
+    def __init__(self, main: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._link, theirs = context.Pipe()
+        self._process = context.Process(target=main, args=(*arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "the process has been started"
+        return self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._process.join()
+
+    def hear(self, timeout_s: float = 30.0) -> object:
+        """The next thing it says. Raises EOFError when it has died, TimeoutError."""
+        if not self._link.poll(timeout_s):
+            raise TimeoutError(f"process {self.pid} says nothing")
+        said: object = self._link.recv()
+        return said
+
+    def close(self, grace_s: float = 10.0) -> None:
+        if self._process.is_alive():
+            with suppress(OSError):
+                self._link.send("end")
+            self._process.join(grace_s)
+        if self._process.is_alive():
+            self.kill()
+        self._link.close()
+
+
+class SeedProcess(_Process):
+    """The ranks of a `Life` offered by one process, from entering the block until it is left, killed or told otherwise."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__(_serve, life)
+
+    def __enter__(self) -> SeedProcess:
+        self.hear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, order: str) -> object:
+        """ "change": other weights, announced properly; "begin change": never finished; "flip": a bit of the first byte of
+        every buffer, told to nobody; "leave": withdraw and stay alive."""
+        self._link.send(order)
+        return self.hear()
+
+
+def _serve(life: Life, link: Connection) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
+        transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(life.config).items()}
+        seeds: list[tuple[Seed, list[Bytes]]] = []
+        leaving = stack.enter_context(ExitStack())
+        for rank in life.here:
+            made = layout(life.model, life.parallel, rank)
+            address, placed, views, arena = _placed(made, life.memory, stack)
+            for transport in transports.values():
+                transport.register(regions_for(placed, life.config.registration))
+            _write(life, made, views, life.version)
+            seed = Seed(
+                life.key, made, address, coordinator=client, transports=transports, instance=life.instance,
+                arena=arena if life.config.attach else None, digests=life.digests, threads=1, ttl_s=life.ttl_s,
+            )  # fmt: skip
+            seeds.append((leaving.enter_context(seed), views))
+        link.send("ready")
+        version = life.version
+        while (order := _order(link)) != "end":
+            if order == "flip":
+                for _, views in seeds:
+                    for view in views:
+                        view[:1] ^= 1
+            elif order == "leave":
+                leaving.close()
+            elif order == "begin change":
+                for seed, views in seeds:
+                    leaving.enter_context(seed.changing())
+                    _write(life, seed.offer.layout, views, version + 1)
+            elif order == "change":
+                version += 1
+                for seed, views in seeds:
+                    with seed.changing():
+                        _write(life, seed.offer.layout, views, version)
+            link.send("done")
+
+
+def _order(link: Connection) -> str:
+    try:
+        return str(link.recv())
+    except EOFError:  # nobody is left to serve
+        return "end"
+
+
+def _placed(made: Layout, memory: str, stack: ExitStack) -> tuple[IntArray, list[Placed], list[Bytes], Arena | None]:
+    """Memory for each buffer: addresses, what to register, the bytes themselves (which keep it alive), and their arena."""
+    sizes = made.buffer_nbytes.tolist()
+    if memory == "arena":
+        bare = BareRank.of(made)
+        stack.callback(bare.arena.close)
+        views = [np.frombuffer(bare.arena.view(a, n), np.uint8) for a, n in zip(bare.address.tolist(), sizes, strict=True)]
+        placed = [Placed(a, n, bare.arena.region()) for a, n in zip(bare.address.tolist(), sizes, strict=True)]
+        return bare.address, placed, views, bare.arena
+    if memory == "plain":
+        block = np.zeros(sum(sizes), np.uint8)
+        views = np.split(block, np.cumsum(sizes)[:-1])
+        blocks = [Region(block.ctypes.data, block.size)] * len(sizes)
+    else:
+        views = [np.zeros(n, np.uint8) for n in sizes]
+        blocks = [Region(v.ctypes.data, v.size) for v in views]
+    address = [v.ctypes.data for v in views]
+    return np.array(address), [Placed(a, n, b) for a, n, b in zip(address, sizes, blocks, strict=True)], list(views), None
+
+
+def _write(life: Life, made: Layout, views: Sequence[Bytes], version: int) -> None:
+    must = content(life.model, life.parallel, made.rank, version)
+    for name, view in zip(made.buffer_names, views, strict=True):
+        if view.size:
+            view[:] = must[name]
+
+
+class TargetProcess(_Process):
+    """Loads the ranks of a `Life` in a process of its own. Says "begun" at the first byte, and then waits to be killed when
+    `stall`; else says its results: (rank, receipt as a dictionary or None, error's type and text or None, wrong buffers)."""
+
+    def __init__(self, life: Life, *, stall: bool = False, size: int = 0) -> None:
+        super().__init__(_load, life, stall, size)
+
+    def __enter__(self) -> TargetProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def interrupt(self) -> None:
+        """As Ctrl-C would."""
+        os.kill(self.pid, signal.SIGINT)
+
+
+def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
+    begun = False
+
+    def on_bytes(_rank: int, _done: int, _wanted: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            link.send("begun")
+        if stall:
+            time.sleep(60)
+
+    results = load_ranks(life, on_bytes=on_bytes, size=size)
+    link.send([
+        (r.rank, r.receipt and r.receipt.to_dict(), r.error and (type(r.error).__name__, str(r.error)), r.wrong) for r in results
+    ])  # fmt: skip
+    _order(link)

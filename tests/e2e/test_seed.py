@@ -1,0 +1,301 @@
+"""Seeds from beginning to end: leases, heartbeats, ways to end, and what they leave behind (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from peerload.bare import BareRank, bare_ranks
+from peerload.config import Config
+from peerload.errors import CommitError, CoordinatorError, PlanError
+from peerload.load import Member
+from peerload.manifest import ModelKey
+from peerload.rpc.client import CoordinatorClient, Lease
+from peerload.rpc.server import Coordinator, serve
+from peerload.seed import Seed
+from peerload.testing.instances import Life, SeedProcess, load_ranks, on_disk
+from peerload.testing.layouts import layout, llama, tiny_llama
+from peerload.transport.local import LocalTransport
+
+pytestmark = pytest.mark.e2e
+
+MODEL = tiny_llama()
+KEY = ModelKey("synthetic", MODEL.name)
+CONFIG = Config(transport="local", fallback="fail", deadline_s=20.0, threads=1)
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    with serve("127.0.0.1:0") as running:
+        yield running
+
+
+@pytest.fixture
+def client(coordinator: Coordinator) -> Iterator[CoordinatorClient]:
+    with CoordinatorClient(coordinator.address, timeout_s=3.0) as running:
+        yield running
+
+
+@pytest.fixture
+def rank() -> Iterator[BareRank]:
+    bare = BareRank.of(layout(MODEL))
+    with closing(bare.arena):
+        yield bare
+
+
+@pytest.fixture
+def local(rank: BareRank) -> Iterator[LocalTransport]:
+    with closing(LocalTransport(1)) as transport:
+        transport.register(rank.regions("arena"))
+        yield transport
+
+
+def make(client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0) -> Seed:
+    return Seed(
+        KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="seed", threads=1, ttl_s=ttl_s
+    )
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(fd)
+        except OSError:
+            continue
+        if "peerload" in target:
+            found.add(f"{fd.name} {target}")
+    return found
+
+
+def heartbeats() -> list[str]:
+    return [t.name for t in threading.enumerate() if "heartbeat" in t.name]
+
+
+class TestLeases:
+    def test_the_lease_is_renewed_as_long_as_the_block_lasts(
+        self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
+    ) -> None:
+        with make(client, rank, local):
+            time.sleep(2.2)
+            assert [h.source.instance for h in client.status().holdings] == ["seed"]
+            assert heartbeats()
+        assert client.status().holdings == ()
+        assert heartbeats() == []
+
+    def test_the_coordinator_forgets_and_is_told_again(
+        self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
+    ) -> None:
+        with make(client, rank, local) as seed:
+            client.withdraw(Lease(seed.offer.source, 1.0))
+            assert client.discover(KEY) == []
+            time.sleep(0.8)
+            assert [o.source for o in client.discover(KEY)] == [seed.offer.source]
+
+    def test_a_heartbeat_in_the_middle_of_a_change_does_not_end_the_lease(
+        self, coordinator: Coordinator, rank: BareRank, local: LocalTransport
+    ) -> None:
+        with SlowToHear(coordinator.address) as client, make(client, rank, local) as seed:
+            with seed.changing():
+                pass
+            time.sleep(2.0)
+            assert [h.source for h in client.status().holdings] == [seed.offer.source]
+
+    def test_a_change_that_fails_ends_the_offer(self, client: CoordinatorClient, rank: BareRank, local: LocalTransport) -> None:
+        with make(client, rank, local) as seed:
+            with pytest.raises(RuntimeError), seed.changing():
+                raise RuntimeError("half written")
+            assert client.status().holdings == ()
+            time.sleep(0.8)
+            assert client.status().holdings == ()
+
+    def test_a_second_process_of_the_same_name_takes_over(
+        self, client: CoordinatorClient, rank: BareRank, local: LocalTransport, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with make(client, rank, local), make(client, rank, local) as second:
+            time.sleep(1.0)
+            assert [h.source for h in client.status().holdings] == [second.offer.source]
+        assert "no longer offered" in caplog.text
+
+
+class SlowToHear(CoordinatorClient):
+    """Announces, and learns of it only after two heartbeats."""
+
+    def announce(self, *args: object, **kwargs: object) -> Lease:  # type: ignore[override]
+        lease = super().announce(*args, **kwargs)  # type: ignore[arg-type]
+        time.sleep(0.8)
+        return lease
+
+
+class TestEnds:
+    def test_without_a_coordinator_nothing_is_left_behind(self, rank: BareRank, local: LocalTransport) -> None:
+        with serve("127.0.0.1:0") as gone:
+            address = gone.address
+        before = descriptors()
+        with CoordinatorClient(address, timeout_s=0.5) as client:
+            with pytest.raises(CoordinatorError), make(client, rank, local):
+                pass
+        assert descriptors() == before
+        assert heartbeats() == []
+
+    def test_an_absent_coordinator_does_not_hold_up_the_end(self, rank: BareRank, local: LocalTransport) -> None:
+        with serve("127.0.0.1:0") as running, CoordinatorClient(running.address) as client:
+            seed = make(client, rank, local, ttl_s=30.0)
+            seed.__enter__()
+            running.stop(0)
+            begun_s = time.monotonic()
+            seed.__exit__()
+            assert time.monotonic() - begun_s < 6
+        assert heartbeats() == []
+
+    def test_a_silent_coordinator_does_not_hold_up_the_end(self, rank: BareRank, local: LocalTransport) -> None:
+        """Stopped, not dead: it accepts and never answers."""
+        code = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0'); print(c.address, flush=True); c.wait()"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            with CoordinatorClient(process.stdout.readline().strip()) as client:
+                before = descriptors()
+                with make(client, rank, local, ttl_s=30.0):
+                    process.send_signal(signal.SIGSTOP)
+                    begun_s = time.monotonic()
+                assert time.monotonic() - begun_s < 6
+                assert descriptors() == before
+            process.kill()
+
+    def test_many_lives_leave_no_descriptor(self, coordinator: Coordinator, tmp_path: Path) -> None:
+        """Loads that succeed, that fail, and seeds, over and over."""
+        life = Life(url=coordinator.address, model=MODEL, instance="target", config=CONFIG)
+        shared = set(os.listdir("/dev/shm"))
+        with SeedProcess(Life(url=coordinator.address, model=MODEL, instance="seed", config=CONFIG)):
+            load_ranks(life)
+            before, count = descriptors(), len(os.listdir("/proc/self/fd"))
+            for _ in range(5):
+                (result,) = load_ranks(life)
+                assert result.error is None
+        (failed,) = load_ranks(life)
+        assert isinstance(failed.error, PlanError)
+        assert descriptors() == before
+        assert len(os.listdir("/proc/self/fd")) <= count
+        assert set(os.listdir("/dev/shm")) == shared
+
+    def test_fds_of_a_process_that_reads_many_seeds(self, coordinator: Coordinator) -> None:
+        def life(name: str) -> Life:
+            return Life(url=coordinator.address, model=MODEL, instance=name, config=CONFIG)
+
+        with SeedProcess(life("a")), SeedProcess(life("b")), SeedProcess(life("c")):
+            load_ranks(life("target"))
+            count = len(os.listdir("/proc/self/fd"))
+            load_ranks(life("target"))
+            assert len(os.listdir("/proc/self/fd")) <= count
+
+
+class TestBareRanks:
+    def test_a_rank_that_fails_is_the_error_and_all_is_freed(self, coordinator: Coordinator, client: CoordinatorClient) -> None:
+        before = descriptors()
+        layouts = [layout(MODEL)]
+        member = Member("pull", launch="1")
+        with pytest.raises(PlanError), bare_ranks(layouts, KEY, member, CONFIG, client):
+            pass
+        assert descriptors() == before
+
+    def test_ctrl_c_while_loading(self, coordinator: Coordinator) -> None:
+        """It ends long before the deadline, and without a crash."""
+        with SeedProcess(Life(url=coordinator.address, model=SMALL, instance="seed", config=CONFIG)):
+            command = [sys.executable, "-c", CTRL_C, coordinator.address]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "begun\n"
+                begun_s = time.monotonic()
+                process.send_signal(signal.SIGINT)
+                said, errors = process.communicate(timeout=20)
+        assert said == "KeyboardInterrupt\n", errors
+        assert process.returncode == 0, errors
+        assert time.monotonic() - begun_s < 5
+
+
+SMALL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
+#: Two ranks in one process, which the reports of progress make slow.
+CTRL_C = """
+import sys, time
+from peerload.bare import bare_ranks
+from peerload.config import Config
+from peerload.load import Member
+from peerload.manifest import ModelKey, Parallel
+from peerload.rpc.client import CoordinatorClient
+from peerload.testing.layouts import layouts, llama
+from peerload.transport.base import Limits
+from peerload.transport.local import LocalTransport
+LocalTransport.limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=64 << 10)
+model = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
+def slowly(rank, done, _):
+    if rank == 0 and done <= 64 << 10:
+        print("begun", flush=True)
+    time.sleep(0.5)
+config = Config(transport="local", fallback="fail", deadline_s=60.0, threads=1)
+with CoordinatorClient(sys.argv[1]) as client:
+    try:
+        with bare_ranks(layouts(model, Parallel(tp=2)), ModelKey("synthetic", "small"), Member("t", size=2, launch="x"), config,
+                        client, on_bytes=slowly):
+            print("loaded", flush=True)
+    except KeyboardInterrupt:
+        print("KeyboardInterrupt", flush=True)
+"""
+
+
+class TestCommand:
+    def test_sigterm_withdraws_and_exits_with_0(
+        self, coordinator: Coordinator, client: CoordinatorClient, tmp_path: Path
+    ) -> None:
+        from peerload.testing.checkpoints import make_checkpoint
+
+        model = make_checkpoint(tmp_path / "tiny")
+        command = [
+            sys.executable,
+            "-m",
+            "peerload",
+            "seed",
+            "--checkpoint",
+            str(model),
+            "--tp",
+            "2",
+            "--url",
+            coordinator.address,
+        ]
+        with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            said = json.loads(process.stdout.readline())
+            assert len(client.status().holdings) == 2
+            process.terminate()
+            rest, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        assert rest == ""
+        assert said["instance"]
+        assert client.status().holdings == ()
+
+
+def test_the_disk_of_a_model_without_seeds(coordinator: Coordinator, tmp_path: Path) -> None:
+    life = Life(url=coordinator.address, model=MODEL, instance="target", config=CONFIG.replace(fallback="disk"))
+    (result,) = load_ranks(life, reserve=[on_disk(MODEL, tmp_path)])
+    assert result.error is None
+    assert result.wrong == []
+
+
+def test_commit_errors_are_not_passed_on_as_aborts(coordinator: Coordinator) -> None:
+    """A rank that hears of an abort doesn't claim it for itself: all name the rank that began."""
+    life = Life(url=coordinator.address, model=MODEL, instance="target", config=CONFIG)
+    with SeedProcess(Life(url=coordinator.address, model=MODEL, instance="seed", config=CONFIG)):
+        with CoordinatorClient(coordinator.address) as client:
+            client.abort(f"target/{life.launch}", 0, 1, 2, "not today")
+        (result,) = load_ranks(life, size=2)
+    assert isinstance(result.error, CommitError)
+    assert "rank 1 aborted: not today" in str(result.error)
