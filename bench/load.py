@@ -1,6 +1,6 @@
 """A whole load: 1 GiB of Llama into four ranks, out of a TP2 seed's memory and by the engine's own load from page cache.
 
-    python bench/load.py [--layers 19] [--rounds 5] [--seed-tp 2] [--target-tp 4]
+    python bench/load.py [--layers 9] [--rounds 5] [--seed-tp 2] [--target-tp 4] [--no-attach] [--no-verify]
 
 Both kinds of instance are real processes of the same engine, in turn, A B A B. Counted is everything from the start of
 building the model until every page of every parameter can be read (`whole_s`, the slowest rank): construction, discovery,
@@ -18,6 +18,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from peerload.config import Config
 from peerload.console import Console
@@ -27,14 +28,21 @@ from peerload.demo.run import START_S, coordinator
 from peerload.limits import memcpy_gb_per_s
 from peerload.receipt import Receipt
 
+#: Common ones, about 1 GiB with 9 layers: every shard is a whole number of pages, as in the models people serve.
+DIMENSIONS: Final[dict[str, int]] = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "vocab_size": 16384,
+}  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=19)
+    parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed-tp", type=int, default=2)
     parser.add_argument("--target-tp", type=int, default=4)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--no-attach", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     args = parser.parse_args(argv)
     from peerload.testing.checkpoints import make_checkpoint
@@ -42,15 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     with ExitStack() as stack:
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peerload-bench-")))
-        directory = make_checkpoint(room / "llama", "llama", "demo", num_hidden_layers=args.layers)
+        directory = make_checkpoint(room / "llama", "llama", "demo", num_hidden_layers=args.layers, **DIMENSIONS)
         nbytes = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
         limit = memcpy_gb_per_s()
         console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
-        url = stack.enter_context(coordinator(room))
-        config = Config(url=url, model_name="bench", verify=not args.no_verify, transport=args.transport)
+        config = Config(
+            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport,
+            verify=not args.no_verify, attach=not args.no_attach,
+        )  # fmt: skip
         spec = RankSpec(
-            role="peer", instance="seed", rank=0, size=args.seed_tp, model_dir=str(directory), config=config, rendezvous="",
-            log_path="",
+            role="peer", instance="seed", rank=0, size=args.seed_tp, model_dir=str(directory), config=config,
+            rendezvous="", log_path="",
         )  # fmt: skip
         seed = stack.enter_context(Instance(spec, room))
         seed.wait_for(Generated, START_S)
@@ -72,9 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     print(json.dumps({
         "bench": "load", "model_bytes": nbytes, "seed_tp": args.seed_tp, "target_tp": args.target_tp,
+        "attached_bytes": sum(r.attached_nbytes for r in receipts) // args.rounds,
         "memcpy_gb_per_s": round(limit, 2),
         "peerload_s": round(statistics.median(ours), 4), "engine_disk_s": round(statistics.median(theirs), 4),
-        "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds, "verify": not args.no_verify,
+        "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds,
+        "verify": not args.no_verify,
+        "attach": not args.no_attach,
     }))  # fmt: skip
     return 0
 

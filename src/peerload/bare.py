@@ -20,10 +20,9 @@ from .memory import Arena, Placed, regions_for
 from .receipt import Receipt
 from .rpc.client import CoordinatorClient
 from .transport.base import Region, Transport
+from .transport.files import FilesTransport
+from .transport.local import LocalTransport
 from .transport.registry import open_transports
-
-#: Buffers begin at multiples of this, bytes.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +36,8 @@ class BareRank:
     @classmethod
     def of(cls, layout: Layout) -> Self:
         sizes = layout.buffer_nbytes.tolist()
-        arena = Arena(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes) or 1)
-        return cls(layout, np.array([arena.allocate(n, ALIGNMENT) for n in sizes], np.int64), arena)
+        arena = Arena(Arena.room(sizes))
+        return cls(layout, np.array([arena.place(n) for n in sizes], np.int64), arena)
 
     def regions(self, registration: str) -> list[Region]:
         block, sizes = self.arena.region(), self.layout.buffer_nbytes.tolist()
@@ -67,6 +66,8 @@ def bare_ranks(
             ranks.append(BareRank.of(layout))
             stack.callback(ranks[-1].arena.close)
         opened = {name: stack.enter_context(closing(t)) for name, t in open_transports(config).items()}
+        # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
+        alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
         given_up = Event()
 
         def fill(rank: BareRank) -> Receipt:
@@ -79,7 +80,7 @@ def bare_ranks(
 
             job = Job(
                 model, rank.layout, rank.address, rank.regions(config.registration), replace(member, rank=number), opened, config,
-                coordinator=coordinator, reserve=reserve, on_bytes=report,
+                coordinator=coordinator, arena=rank.arena if alone else None, reserve=reserve, on_bytes=report,
             )  # fmt: skip
             return load(job)
 

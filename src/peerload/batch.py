@@ -51,6 +51,12 @@ class Batch:
         zero = np.zeros((n, LEVELS), np.int64)
         return cls(src, dst, run, np.ones((n, LEVELS), np.int64), zero, zero)
 
+    @classmethod
+    def joined(cls, *parts: Batch) -> Batch:
+        """The copies of all parts, in order."""
+        columns = ("src", "dst", "run", "count", "src_step", "dst_step")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
+
     def take(self, rows: slice | IntArray) -> Batch:
         return Batch(self.src[rows], self.dst[rows], self.run[rows], self.count[rows], self.src_step[rows], self.dst_step[rows])
 

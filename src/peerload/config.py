@@ -45,6 +45,10 @@ class Config:
     wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
     deadline_s: float = _setting(600.0, "seconds the whole load may take")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
+    attach: bool = _setting(
+        True, "on one host, map a seed's frozen memory copy-on-write instead of copying it; seeds freeze theirs. Off: no memory "
+        "is shared between instances",
+    )  # fmt: skip
     threads: int = _setting(0, "threads that move and hash bytes; 0: one for each core this process may use")
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from .digest import DigestArray, digest_boxes
 from .errors import CommitError, ConfigError, DeadlineExceeded, PeerloadError, PlanError, SourcesExhausted, VerifyError
 from .geometry import IntArray
 from .manifest import Layout, ModelKey, Offer, SourceId
-from .memory import fill
+from .memory import Arena, fill
 from .plan import Plan, Wants, make_plan
 from .receipt import Read, Receipt
 from .rpc.client import CoordinatorClient
@@ -58,6 +58,8 @@ class Job:
     """One rank's load. The caller owns the buffers at `address` [buffers of layout], which lie in `regions`, the
     transports and the coordinator's client (None: read only `reserve`), and keeps them until `load` returns.
 
+    arena: holds all the buffers, and may get pages of a seed on this host in place of its own, so it must be known to no
+    device; None: everything is copied. `config.attach` has a say too.
     reserve: offers of last resort, such as a checkpoint on disk, read for what no seed supplies.
     on_bytes(phase, done, wanted): progress, called from several threads."""
 
@@ -69,6 +71,7 @@ class Job:
     transports: Mapping[str, Transport]
     config: Config
     coordinator: CoordinatorClient | None = None
+    arena: Arena | None = None
     reserve: Sequence[Offer] = ()
     on_bytes: Callable[[str, int, int], None] = lambda *_: None
 
@@ -132,7 +135,7 @@ class _Run:
         self.read_from: dict[str, Read] = {}
         self.failures: dict[SourceId, str] = {}
         self.suspicion: dict[str, int] = {}
-        self.wire_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
+        self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
         self.round = self.rereads = self.hashed = 0
 
     @contextmanager
@@ -171,7 +174,8 @@ class _Run:
     @contextmanager
     def registered(self) -> Iterator[Reader]:
         """Our buffers and staging memory known to every transport, constants written."""
-        with Reader(self.job.transports, self.job.config.staging_bytes) as reader:
+        job = self.job
+        with Reader(job.transports, job.config.staging_bytes, job.arena if job.config.attach else None) as reader:
             with self.phase("register"):
                 for transport in self.job.transports.values():
                     transport.register([*self.job.regions, *reader.regions()])
@@ -247,6 +251,7 @@ class _Run:
                 before = self.read_from.get(name, Read(0, 0))
                 self.read_from[name] = Read(before.nbytes + size, before.operations + count)
         self.wire_nbytes += outcome.wire_nbytes
+        self.attached_nbytes += outcome.attached_nbytes
         self.operations += outcome.operations
         self.staging_nbytes = max(self.staging_nbytes, outcome.staging_nbytes)
 
@@ -356,9 +361,9 @@ class _Run:
         proven = verdict.nbytes(State.PROVEN, rank)
         needed = Wants.of(self.job.layout).nbytes
         return Receipt(
-            model=str(self.job.model), rank=rank, sources=dict(self.read_from),
-            needed_nbytes=needed, wire_nbytes=self.wire_nbytes,
-            operations=self.operations, seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
+            model=str(self.job.model), rank=rank, sources=dict(self.read_from), needed_nbytes=needed,
+            wire_nbytes=self.wire_nbytes, operations=self.operations, attached_nbytes=self.attached_nbytes,
+            seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
             verified_nbytes=proven, unverified_nbytes=needed - proven, reread_nbytes=self.reread_nbytes,
             staging_nbytes=self.staging_nbytes, digest=verdict.digest, digest_tensors=verdict.digest_tensors,
         )  # fmt: skip

@@ -10,7 +10,8 @@ import fcntl
 import math
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +34,11 @@ HEADER_NBYTES: Final = mmap.PAGESIZE
 #: Address space added to every arena for the gaps that alignment leaves.
 SLACK_NBYTES: Final = 1 << 16
 HUGE_NBYTES: Final = 2 << 20
+COLLAPSE_NBYTES: Final = 64 << 20
+#: Buffers of at least this many bytes begin at page boundaries, so that a peer's pages can be mapped in their place.
+PAGED_NBYTES: Final = 1 << 16
+#: Attachments of one arena: each may split a mapping in three, and the kernel allows a process 65,530 (vm.max_map_count).
+MAX_ATTACHED: Final = 8192
 
 
 class Arena:
@@ -50,7 +56,10 @@ class Arena:
             raise ValueError(f"an arena of {nbytes} bytes")
         self._capacity = _up(HEADER_NBYTES + nbytes + SLACK_NBYTES, mmap.PAGESIZE)
         self._used = HEADER_NBYTES
-        self._closed = False
+        self._closed = self._frozen = False
+        self._shared = True  # the memfd holds what the memory does
+        self._attached = 0
+        self._lock = threading.Lock()
         try:
             self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
@@ -80,11 +89,22 @@ class Arena:
         """16 bytes at the start, zero at first."""
         return self.address
 
+    @classmethod
+    def room(cls, sizes: Sequence[int]) -> int:
+        """Bytes enough to `place` buffers of `sizes`; at least 1."""
+        return sum(_up(n, 64) + (mmap.PAGESIZE if n >= PAGED_NBYTES else 0) for n in sizes) or 1
+
+    def place(self, nbytes: int) -> int:
+        """`allocate` for a buffer: aligned as torch's own CPU allocator does (`c10::gAlignment`), large ones to pages."""
+        return self.allocate(nbytes, mmap.PAGESIZE if nbytes >= PAGED_NBYTES else 64)
+
     def allocate(self, nbytes: int, align: int = 64) -> int:
         """Address of `nbytes` of zeroed memory, aligned to `align` (a power of two up to the page size)."""
         if nbytes < 0 or align < 1 or align & (align - 1) or align > mmap.PAGESIZE:
             raise ValueError(f"{nbytes} bytes aligned to {align}")
         begin = _up(self._used, align)
+        if self._frozen:
+            raise HostError("the arena is frozen", next_step="allocate before it is offered")
         if self._closed or begin + nbytes > self._capacity:
             left = 0 if self._closed else self._capacity - begin
             raise HostError(f"the arena has {left} bytes left, {nbytes} are wanted", next_step="make the arena larger")
@@ -103,16 +123,76 @@ class Arena:
         """Fix the size for ever, which peers insist on: a mapping that shrinks under its reader would kill the reader."""
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
-    def collapse(self) -> bool:
-        """Move what is allocated into huge pages, so that readers map it at full speed (28 GB/s instead of 24) and spare
-        page tables. Takes half a second for a GiB, during which the memory stays usable; False where the kernel can't
-        (before 6.1, or no 2 MiB left in one piece)."""
+    def freeze(self) -> bool:
+        """Make what the memfd holds immutable, on the kernel's word (F_SEAL_WRITE): readers may then map it for good. The
+        memory stays writable, but writes are this process's own from now on (copy-on-write). Nobody may write meanwhile.
+
+        False where that can't be had, nothing changed: the kernel refuses (a forked child still shares the memory, or a
+        device has pinned it), or pages of others are attached. Also False when it has been frozen before: it may have been
+        written to since, so the memfd no longer stands for it (`unshare`)."""
+        with self._lock:
+            if self._frozen:
+                self._shared = False
+            if self._closed or self._frozen or not self._shared:
+                return False
+            nbytes = self._bytes.nbytes
+            if lib.peerload_map_private(self.address, nbytes, self._fd, 0):
+                self._restore(0, nbytes)
+                return False
+            try:
+                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+            except OSError:
+                self._restore(0, nbytes)
+                return False
+            self._frozen = True
+            return True
+
+    def unshare(self) -> Region:
+        """From now on the memfd doesn't stand for the memory: `region()`, which is returned, comes without it."""
+        with self._lock:
+            self._shared = False
+        return self.region()
+
+    def attach(self, address: int, nbytes: int, fd: int, offset: int) -> bool:
+        """Replace whole pages of ours by those of a file that nobody can change, from byte `offset`: no byte moves, and what is
+        written here afterwards stays here. The file's memory lives as long as ours. False, pages untouched, where that
+        can't be had: a frozen arena, too many attachments, no room for mappings. The caller vouches for the file.
+
+        `unshare` first."""
+        begin = self._offset(address, nbytes)
+        if (begin | nbytes | offset) % mmap.PAGESIZE:
+            raise ValueError(f"{nbytes} bytes at {address:#x} and from {offset} of the file are no whole pages")
+        with self._lock:
+            if self._shared or self._frozen or self._attached == MAX_ATTACHED:
+                return False
+            if lib.peerload_map_private(address, nbytes, fd, offset):
+                self._restore(begin, nbytes)
+                return False
+            self._attached += 1
+            return True
+
+    def _restore(self, begin: int, nbytes: int) -> None:
+        """Our own pages again, after a mapping that failed."""
+        error = lib.peerload_map(self.address + begin, nbytes, self._fd, begin, 1)
+        if error:
+            raise HostError(f"{nbytes} bytes of an arena can't be mapped any more: {os.strerror(error)}")
+
+    def collapse(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Move what is allocated into huge pages, so that readers map it at full speed (28 GB/s instead of 24), fault in what
+        they attach 512 pages at a time, and spare page tables. Takes half a second for a GiB, during which the memory stays
+        usable. False where the kernel can't (before 6.1, or no 2 MiB left in one piece), where pages of others are attached,
+        and when `stop()`, asked every 64 MiB, says so."""
         nbytes = self._used // HUGE_NBYTES * HUGE_NBYTES
-        return nbytes == 0 or lib.peerload_collapse(self.address, nbytes) == 0
+        if self._attached:
+            return False
+        for begin in range(0, nbytes, COLLAPSE_NBYTES):
+            if stop() or lib.peerload_collapse(self.address + begin, min(COLLAPSE_NBYTES, nbytes - begin)):
+                return False
+        return True
 
     def region(self) -> Region:
-        """All that is allocated so far, fence included, as one region backed by our descriptor."""
-        return Region(self.address, self._used, fd=self._fd)
+        """All that is allocated so far, fence included, as one region; backed by our descriptor unless `unshare`d."""
+        return Region(self.address, self._used, fd=self._fd if self._shared else -1)
 
     def contains(self, address: int, nbytes: int) -> bool:
         return self.address <= address and address + nbytes <= self.address + self._used

@@ -25,6 +25,7 @@ class Receipt:
 
     sources: by name, as in `instance/rank 1`, or the path of a checkpoint.
     needed_nbytes: what the layout wants; wire_nbytes: what was moved for it, rereads and staging overhead included.
+    attached_nbytes: the part of wire_nbytes that is mapped out of a peer's memory on this host: shared with it, not moved.
     seconds: by phase (discover, plan, register, transfer, verify, commit), phases of zero length left out; wall_s: all of it.
     verified_nbytes + unverified_nbytes: the bytes received, proven by a seed's announcement or not.
     reread_nbytes: received wrong, and read again.
@@ -38,6 +39,7 @@ class Receipt:
     needed_nbytes: int
     wire_nbytes: int
     operations: int
+    attached_nbytes: int = 0
     seconds: Mapping[str, float]
     wall_s: float
     verified_nbytes: int = 0

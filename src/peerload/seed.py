@@ -41,7 +41,9 @@ class Seed:
     """Offers the buffers of `layout`, at `address` [buffers] in memory already registered with `transports`.
 
     The caller owns the memory and keeps it, unchanged but for `changing()`, until the seed is closed. `files` are small
-    model files (config.json) for targets that have no copy. digests: False leaves them out; targets then can't verify.
+    model files (config.json) for targets that have no copy. arena: holds all the buffers, and is frozen, so that targets on this
+    host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
+    a seed has frozen must be given to every later seed of it. digests: False leaves them out; targets then can't verify.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Seed:
         instance: str,
         files: Mapping[str, bytes] | None = None,
         attributes: Mapping[str, str] | None = None,
+        arena: Arena | None = None,
         digests: bool = True,
         threads: int = 0,
         ttl_s: float = TTL_S,
@@ -62,10 +65,11 @@ class Seed:
         self._model, self._layout, self._address = model, layout, address
         self._coordinator, self._transports, self._instance = coordinator, transports, instance
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
-        self._digests, self._threads, self._ttl_s = digests, threads, ttl_s
+        self._arena, self._digests, self._threads, self._ttl_s = arena, digests, threads, ttl_s
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
+        self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
         self._offer: Offer | None = None
         self._lease: Lease | None = None
         self._fence = Arena(FENCE_NBYTES, "peerload-fence")
@@ -86,12 +90,14 @@ class Seed:
             self._fence.close()
             raise
         self._heart.start()
+        self._huge.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._clear_fence()
         self._withdraw()
         self._heart.join(GOODBYE_S)
+        self._huge.join()
         self._fence.close()
 
     @contextmanager
@@ -127,6 +133,9 @@ class Seed:
     def _publish(self) -> None:
         """Hash what is in memory now, and announce it as a new generation."""
         generation = uuid.uuid4().hex
+        endpoints = self._endpoints()  # first: memory that a transport pins can't be frozen; pinned once frozen, it is copied
+        if self._thawed():
+            endpoints = self._endpoints()
         digests: npt.NDArray[np.uint64] | None = None
         if self._digests:
             digests = digest_pieces(self._layout, self._address, threads=self._threads)
@@ -134,7 +143,7 @@ class Seed:
         binding = Binding(
             SourceId(self._instance, self._layout.rank, generation),
             self._address,
-            self._endpoints(),
+            endpoints,
             digests=digests,
             fence_address=self._fence.fence_address,
             attributes=self._attributes,
@@ -142,6 +151,15 @@ class Seed:
         with self._announcing:
             self._offer = Offer(self._layout, binding)
             self._lease = self._announce()
+
+    def _thawed(self) -> bool:
+        """Freeze the arena, once. True if its memfd mustn't be read (any more), which the transports have then been told: the
+        second time, the memory may have been changed since; or it holds attached pages of another seed."""
+        if self._arena is None or self._arena.freeze() or self._arena.region().fd >= 0:
+            return False
+        for transport in self._transports.values():
+            transport.register([self._arena.region()])
+        return True
 
     def _endpoints(self) -> tuple[Endpoint, ...]:
         """How others may reach this process; a transport that this host turns out not to have is left out."""
@@ -157,6 +175,11 @@ class Seed:
 
     def _announce(self) -> Lease:
         return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)
+
+    def _enlarge(self) -> None:
+        """Move the arena into huge pages, so that attaching it costs few page faults. It stays readable meanwhile."""
+        if self._arena is not None:
+            self._arena.collapse(self._stop.is_set)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._ttl_s / 3):

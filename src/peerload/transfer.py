@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event, Lock
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from .lower import Step, lower
 from .manifest import Offer, SourceId
 from .memory import Arena, copy
 from .plan import Plan
-from .transport.base import Region, Transport
+from .transport.base import Mappable, Region, Transport
+from .transport.deferred import Deferred
+from .transport.files import FilesTransport
 
 #: Sources read at the same time. Each has its own share of the staging memory.
 WORKERS = 4
@@ -28,7 +31,8 @@ FENCE_NBYTES = 16
 class Outcome:
     """undone: rows of the plan that are not (or not surely) in place. failures: why, by source.
 
-    wire_nbytes and operations count what was asked of the transports for steps that succeeded."""
+    wire_nbytes and operations count what was asked of the transports for steps that succeeded, attached_nbytes what of it
+    was mapped instead of moved."""
 
     undone: IntArray
     undone_opaques: tuple[int, ...]
@@ -36,13 +40,24 @@ class Outcome:
     wire_nbytes: int
     operations: int
     staging_nbytes: int
+    attached_nbytes: int
+
+
+@runtime_checkable
+class Attaches(Protocol):
+    """A transport that can map a peer's memory in place of ours."""
+
+    def attach(self, peer: str, batch: Batch, arena: Mappable) -> Batch:
+        """Map what can be of `batch`, whose destinations lie in `arena`; returns the rest, to be read. Raises as `read` does."""
 
 
 class Reader:
-    """Reads plans into one rank's buffers. Owns connections and staging memory; the transports stay the caller's."""
+    """Reads plans into one rank's buffers. Owns connections and staging memory; the transports stay the caller's.
 
-    def __init__(self, transports: Mapping[str, Transport], staging_nbytes: int) -> None:
-        self._transports = transports
+    arena: holds all the buffers, and may have a peer's pages mapped into it (None: everything is copied)."""
+
+    def __init__(self, transports: Mapping[str, Transport], staging_nbytes: int, arena: Arena | None = None) -> None:
+        self._transports, self._arena = transports, arena
         needed = any(not transport.limits.strided for transport in transports.values())
         self._share = staging_nbytes // WORKERS if needed else 0
         self._staging = Arena(WORKERS * (self._share + 4096))
@@ -79,6 +94,7 @@ class Reader:
             steps.setdefault(step.offer, []).append(step)
         free, undone = list(self._slots), {i for i, o in enumerate(plan.offers) if o.source in failures}
         lost: list[IntArray] = [np.flatnonzero(np.isin(plan.offer, sorted(undone)))]
+        attached = dict.fromkeys(steps, 0)
         lost_opaques = [row for row, o, _ in plan.opaque if o in undone]
         stop = Event()
 
@@ -94,7 +110,7 @@ class Reader:
                 for step in steps[i]:
                     if stop.is_set():
                         return 0
-                    self._step(transport, peer, step, slot + 4096, deadline)
+                    attached[i] += self._step(transport, peer, step, slot + 4096, deadline)
                     done += 1
                     on_bytes(step.wire.nbytes)
                 self._check_fence(transport, peer, offer, slot, deadline)
@@ -122,14 +138,27 @@ class Reader:
             np.unique(np.concatenate(lost)), tuple(sorted(set(lost_opaques))), failures,
             sum(s.wire.nbytes for s in finished), sum(s.operations for s in finished),
             max((p.staging_nbytes for p in parts), default=0),
+            sum(attached[i] for i in steps if done[i]),
         )  # fmt: skip
 
-    def _step(self, transport: Transport, peer: str, step: Step, staging: int, deadline: Deadline) -> None:
+    def _step(self, transport: Transport, peer: str, step: Step, staging: int, deadline: Deadline) -> int:
+        """Bytes that were attached."""
         if step.scatter is None:
-            transport.read(peer, step.wire, deadline)
-            return
+            left = step.wire
+            if self._arena is not None and isinstance(transport, Attaches) and self._unpinned():
+                left = transport.attach(peer, left, self._arena)
+            transport.read(peer, left, deadline)
+            return step.wire.nbytes - left.nbytes
         transport.read(peer, _moved(step.wire, dst=staging), deadline)
         copy(_moved(step.scatter, src=staging))
+        return 0
+
+    def _unpinned(self) -> bool:
+        """No transport may have handed our pages to a device, which would go on using them after they were replaced."""
+        return all(
+            isinstance(t, Attaches | FilesTransport) or (isinstance(t, Deferred) and not t.started)
+            for t in self._transports.values()
+        )
 
     def _reach(self, offer: Offer) -> tuple[Transport, str]:
         """Connect over the first of our transports that works, once per source."""

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             stack.enter_context(
                 Seed(
                     model, rank.layout, rank.address, coordinator=client, transports=transports, instance=instance,
-                    files=files.contents, attributes={"engine": "none"}, digests=config.verify, threads=config.threads,
+                    files=files.contents, attributes={"engine": "none"}, arena=rank.arena if config.attach else None,
+                    digests=config.verify, threads=config.threads,
                 )
             )  # fmt: skip
         held = sum(rank.layout.nbytes for rank, _ in ranks)

@@ -60,14 +60,15 @@ def replica(
         model = checkpoint.key(config.model_name, config.revision)
         job = Job(
             model, opened.layout, opened.address, _regions(opened, config.registration), member, transports, config,
-            coordinator=client, reserve=[checkpoint.offer()], on_bytes=on_bytes,
+            coordinator=client, arena=opened.arena, reserve=[checkpoint.offer()], on_bytes=on_bytes,
         )  # fmt: skip
         receipt = load(job)
         seed = None
         if config.source:
             seed = Seed(
                 model, opened.layout, opened.address, coordinator=client, transports=transports, instance=member.instance,
-                files=opened.files.contents, attributes=attributes, digests=config.verify, threads=config.threads,
+                files=opened.files.contents, attributes=attributes, arena=opened.arena if config.attach else None,
+                digests=config.verify, threads=config.threads,
             )  # fmt: skip
             stack.enter_context(seed)
         yield Replica(opened, receipt, engine_s, seed)

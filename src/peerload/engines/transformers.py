@@ -34,8 +34,6 @@ from ..memory import Arena
 from .architecture import catalog_of, class_of, config_of, generation_config, quiet
 from .checkpoint import ModelFiles
 
-#: Buffers begin at multiples of this, as torch's own CPU allocator places them (`c10::gAlignment`).
-ALIGNMENT: Final = 64
 UNSPLIT: Final = Parallel()
 
 
@@ -181,10 +179,10 @@ def _settle(layout: Layout, local: Mapping[str, Tensor], make: Callable[[int], A
     """Move the (still untouched) tensors into one arena that holds them and nothing else. Copies nothing."""
     homes: dict[int, Tensor] = {}
     sizes = dict(zip(layout.buffer_names, layout.buffer_nbytes.tolist(), strict=True))
-    arena = make(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes.values()))
+    arena = make(Arena.room(list(sizes.values())))
     for name, nbytes in sizes.items():
         tensor = local[name]
-        flat = arena.tensor(arena.allocate(nbytes, ALIGNMENT), (tensor.numel(),), tensor.dtype)
+        flat = arena.tensor(arena.place(nbytes), (tensor.numel(),), tensor.dtype)
         homes[tensor.data_ptr()] = flat.as_strided(tensor.shape, tensor.stride())
     for tensor in {id(t): t for t in local.values() if t.numel()}.values():
         tensor.data = homes[tensor.data_ptr()]

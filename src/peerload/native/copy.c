@@ -506,6 +506,12 @@ int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset, in
     return base == MAP_FAILED ? errno : 0;
 }
 
+int peerload_map_private(int64_t address, int64_t nbytes, int32_t fd, int64_t offset)
+{
+    void *base = mmap(at(address), (size_t)nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+    return base == MAP_FAILED ? errno : 0;
+}
+
 int peerload_collapse(int64_t address, int64_t nbytes)
 {
     return madvise(at(address), (size_t)nbytes, MADV_COLLAPSE) ? errno : 0;

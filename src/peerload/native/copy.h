@@ -30,6 +30,9 @@ int64_t peerload_reserve(int64_t nbytes);
 /* Map `nbytes` of a file from `offset`, shared, at `address` inside a reservation. Returns 0 or errno. */
 int peerload_map(int64_t address, int64_t nbytes, int32_t fd, int64_t offset, int32_t writable);
 
+/* Map a file as above, but copy-on-write: what is written here stays here. In place of what is mapped there now. */
+int peerload_map_private(int64_t address, int64_t nbytes, int32_t fd, int64_t offset);
+
 /* Replace small pages by huge ones (2 MiB), contents kept, whatever the host's settings for huge pages. Returns 0 or errno. */
 int peerload_collapse(int64_t address, int64_t nbytes);
 

@@ -31,7 +31,7 @@ from ..config import Config
 from ..geometry import IntArray
 from ..load import Job, Member, load
 from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
-from ..memory import Placed, regions_for
+from ..memory import Arena, Placed, regions_for
 from ..receipt import Receipt
 from ..rpc.client import CoordinatorClient
 from ..seed import Seed
@@ -142,7 +142,7 @@ def load_ranks(
             job = Job(
                 life.key, bare.layout, bare.address, bare.regions(life.config.registration),
                 Member(life.instance, rank, size or life.size, life.launch), transports, life.config, coordinator=client,
-                reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
+                arena=bare.arena, reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
             )  # fmt: skip
             receipt, error = None, None
             try:
@@ -237,13 +237,13 @@ def _serve(life: Life, link: Connection) -> None:
         leaving = stack.enter_context(ExitStack())
         for rank in life.here:
             made = layout(life.model, life.parallel, rank)
-            address, placed, views = _placed(made, life.memory, stack)
+            address, placed, views, arena = _placed(made, life.memory, stack)
             for transport in transports.values():
                 transport.register(regions_for(placed, life.config.registration))
             _write(life, made, views, life.version)
             seed = Seed(
                 life.key, made, address, coordinator=client, transports=transports, instance=life.instance,
-                digests=life.digests, threads=1, ttl_s=life.ttl_s,
+                arena=arena if life.config.attach else None, digests=life.digests, threads=1, ttl_s=life.ttl_s,
             )  # fmt: skip
             seeds.append((leaving.enter_context(seed), views))
         link.send("ready")
@@ -274,14 +274,15 @@ def _order(link: Connection) -> str:
         return "end"
 
 
-def _placed(made: Layout, memory: str, stack: ExitStack) -> tuple[IntArray, list[Placed], list[Bytes]]:
-    """Memory for each buffer: addresses, what to register, and the bytes themselves (which keep it alive)."""
+def _placed(made: Layout, memory: str, stack: ExitStack) -> tuple[IntArray, list[Placed], list[Bytes], Arena | None]:
+    """Memory for each buffer: addresses, what to register, the bytes themselves (which keep it alive), and their arena."""
     sizes = made.buffer_nbytes.tolist()
     if memory == "arena":
         bare = BareRank.of(made)
         stack.callback(bare.arena.close)
         views = [np.frombuffer(bare.arena.view(a, n), np.uint8) for a, n in zip(bare.address.tolist(), sizes, strict=True)]
-        return bare.address, [Placed(a, n, bare.arena.region()) for a, n in zip(bare.address.tolist(), sizes, strict=True)], views
+        placed = [Placed(a, n, bare.arena.region()) for a, n in zip(bare.address.tolist(), sizes, strict=True)]
+        return bare.address, placed, views, bare.arena
     if memory == "plain":
         block = np.zeros(sum(sizes), np.uint8)
         views = np.split(block, np.cumsum(sizes)[:-1])
@@ -290,7 +291,7 @@ def _placed(made: Layout, memory: str, stack: ExitStack) -> tuple[IntArray, list
         views = [np.zeros(n, np.uint8) for n in sizes]
         blocks = [Region(v.ctypes.data, v.size) for v in views]
     address = [v.ctypes.data for v in views]
-    return np.array(address), [Placed(a, n, b) for a, n, b in zip(address, sizes, blocks, strict=True)], list(views)
+    return np.array(address), [Placed(a, n, b) for a, n, b in zip(address, sizes, blocks, strict=True)], list(views), None
 
 
 def _write(life: Life, made: Layout, views: Sequence[Bytes], version: int) -> None:

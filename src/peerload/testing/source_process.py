@@ -40,8 +40,9 @@ def content(index: int, nbytes: int) -> Bytes:
 class SourceProcess:
     """Buffers of `nbytes` each, registered with `transport` under the strategy `registration`.
 
-    memory: "memfd" puts them into an arena, "huge" into one of huge pages, "plain" into private memory. There is one
-    allocation for every two buffers, or a single one for the strategy that wants one. random: False fills with zeros,
+    memory: "memfd" puts them into an arena, "frozen" into one that is frozen, "huge" into one of huge pages, "plain" into
+    private memory. There is one allocation for every two buffers, or a single one for the strategy that wants one.
+    random: False fills with zeros,
     which is quicker."""
 
     def __init__(
@@ -107,10 +108,10 @@ def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
 
     def make(sizes: list[int]) -> None:
         room = sum(n + 64 for n in sizes)
-        arena = Arena(room)
-        if told["memory"] in ("memfd", "huge"):
+        arena = Arena(max(room, Arena.room(sizes)))
+        if told["memory"] in ("memfd", "frozen", "huge"):
             kept.append(arena)
-            address = [arena.allocate(n) for n in sizes]
+            address = [arena.place(n) if told["memory"] == "frozen" else arena.allocate(n) for n in sizes]
             block = arena.region()
         else:
             array = np.zeros(room, np.uint8)
@@ -121,6 +122,8 @@ def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
         for a, n in zip(address, sizes, strict=True):
             _fill(a, content(len(buffers), n) if told["random"] else np.zeros(n, np.uint8))
             buffers.append(Placed(a, n, block))
+        if told["memory"] == "frozen" and not arena.freeze():
+            raise HostError("the kernel refuses to freeze an arena")
         if told["memory"] == "huge" and not arena.collapse():
             raise HostError("no huge pages")
         transport.register(regions_for(buffers[-len(sizes) :], told["registration"]))

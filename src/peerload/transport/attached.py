@@ -130,6 +130,20 @@ class Attached:
         shift = np.where(way == MAPPED, self._to_window[region], np.where(way == CMA, 0, self._to_file[region]))
         return batch.src + shift, way
 
+    def frozen(self, src: IntArray, region: IntArray) -> tuple[IntArray, IntArray]:
+        """Of each address, which lies in `region` [n]: the descriptor of the memfd that holds its byte and that nobody can
+        change any more, or -1; and the byte's offset in it."""
+        file = self._file[region]
+        for fd in np.unique(file[file >= 0]).tolist():
+            if not sealed(fd, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE):
+                file[file == fd] = -1
+        return file, src + self._to_file[region]
+
+    @property
+    def readable(self) -> bool:
+        """Whether CMA works between the two of us."""
+        return self._cma
+
     def check(self) -> None:
         """Raise SourceLost unless the peer still vouches for its memory. Mapped memory outlives its owner; trust doesn't."""
         ended = select.poll()
@@ -231,10 +245,10 @@ class Attached:
             raise SourceUnreachable(self.source, f"its memory can't be read with process_vm_readv: {problem}", next_step=fix)
 
 
-def sealed(fd: int) -> bool:
-    """Whether a file is a memfd that can't shrink under its readers."""
+def sealed(fd: int, seals: int = fcntl.F_SEAL_SHRINK) -> bool:
+    """Whether a file is a memfd with all of these seals; by default one that can't shrink under its readers."""
     with suppress(OSError):
-        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals == seals
     return False
 
 

@@ -40,6 +40,16 @@ class Limits:
     max_batch_nbytes: int = 64 << 20
 
 
+class Mappable(Protocol):
+    """Destination memory in which whole pages may be replaced by a peer's (`peerload.memory.Arena`). Thread-safe."""
+
+    def unshare(self) -> Region:
+        """From now on its own descriptor doesn't stand for its bytes; returns the region without one."""
+
+    def attach(self, address: int, nbytes: int, fd: int, offset: int) -> bool:
+        """Map whole pages of a file that nobody can change copy-on-write over our own; False where they stay as they are."""
+
+
 class Transport(Protocol):
     """One per process and kind. Thread-safe after `register`. Destinations and sources lie in registered regions."""
 

@@ -24,6 +24,10 @@ class Deferred:
         self._waiting: list[tuple[Region, tuple[int, int] | None]] = []
         self._closed = False
 
+    @property
+    def started(self) -> bool:
+        return self._real is not None
+
     def register(self, regions: Sequence[Region]) -> None:
         with self._lock:
             if self._real is None:

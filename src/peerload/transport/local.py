@@ -4,15 +4,21 @@ Memory backed by a sealed memfd (`peerload.memory.Arena`) is mapped by its reade
 process_vm_readv (CMA). Both in chunks on several threads, so that page faults of the destination, which cap what a fresh
 process can receive, are taken in parallel. Mapped pages are dropped after each chunk: reading a model doesn't show up in
 the reader's resident set.
+
+A memfd that its owner has frozen needn't be copied at all: `attach` maps whole pages of it, copy-on-write, in place of ours.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
 
 from ..batch import Batch
 from ..deadline import Deadline
@@ -21,11 +27,14 @@ from ..geometry import IntArray
 from ..native._lib import lib
 from ..native.columns import Columns
 from .attached import CMA, MAPPED, Attached, Description, sealed
-from .base import Limits, Region
+from .base import Limits, Mappable, Region
 from .crew import Crew, chunked
 from .handover import Handover
 from .host import boot_id, cores, pid_namespace, ptrace_scope, start_time
 from .table import RegionTable, destination_extents, source_extents
+
+#: Shorter runs are copied: a mapping costs about as much as moving 64 KiB, and there are only so many.
+ATTACH_NBYTES: Final = 256 << 10
 
 
 class LocalTransport:
@@ -48,7 +57,7 @@ class LocalTransport:
 
     def register(self, regions: Sequence[Region]) -> None:
         """Adds to what is registered already, forgetting regions whose memfd its owner has closed. Seals the size of memfds:
-        from now on they can't shrink."""
+        from now on they can't shrink. A region without a memfd takes it from those inside: it no longer shows their bytes."""
         for region in regions:
             if region.device != "cpu":
                 raise HostError(f"transport local moves CPU memory only, not {region.device}")
@@ -60,14 +69,16 @@ class LocalTransport:
             numbers = {row.file: row.number for row in rows.values() if row.file is not None}
             for region in regions:
                 file = _shared_file(region)
+                if file is None:
+                    _unshare(rows, region)
                 if file is not None and file not in numbers:
                     numbers[file] = self._memfds
                     self._memfds += 1
                 rows[region.address, region.nbytes] = _Registered(region, file, -1 if file is None else numbers[file])
             self._registered = rows
             self._table = RegionTable([r.region.address for r in rows.values()], [r.region.nbytes for r in rows.values()])
-            if ptrace_scope() == 1 and any(r.file is None for r in rows.values()):
-                lib.peerload_permit_readers()
+            if any(r.file is None for r in rows.values()):
+                _permit_readers()
 
     def describe(self) -> bytes:
         with self._lock:
@@ -106,6 +117,53 @@ class LocalTransport:
                 there.check()
                 self._move(there, batch, row, deadline)
                 there.check()
+
+    def attach(self, peer: str, batch: Batch, arena: Mappable) -> Batch:
+        """Map what can be of `batch`, whose destinations lie in `arena`, copy-on-write out of the peer's frozen memory, and
+        return the rest for `read`. Our own readers get the arena by CMA from then on. Raises as `read` does.
+
+        Mapped are whole pages of long runs at equal offsets in their pages on both sides."""
+        with self._crew.job():
+            with self._lock:
+                there, here = self._peers.get(peer), self._table
+            if there is None:
+                raise PlanError(f"there is no peer {peer!r}")
+            here.locate(*destination_extents(batch), "dst", "this process")
+            row = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            if not there.readable:  # then our own readers couldn't do without our memfd
+                return batch
+            with there:
+                there.check()
+                left = self._attach(there, batch, row, arena)
+                there.check()
+            return left
+
+    def _attach(self, there: Attached, batch: Batch, region: IntArray, arena: Mappable) -> Batch:
+        page = mmap.PAGESIZE
+        is_long = batch.run >= ATTACH_NBYTES
+        long, short = np.flatnonzero(is_long), np.flatnonzero(~is_long)
+        src, dst, run = batch.take(long).runs()
+        fd, offset = there.frozen(src, np.repeat(region[long], batch.count[long].prod(axis=1)))
+        begin, end = -(-dst // page) * page, (dst + run) // page * page
+        fit = np.flatnonzero((fd >= 0) & ((offset - dst) % page == 0) & (end - begin >= ATTACH_NBYTES))
+        if len(fit) == 0:
+            return batch
+        with self._lock:
+            rows = dict(self._registered)
+            _unshare(rows, arena.unshare())
+            self._registered = rows
+            _permit_readers()
+        done = np.zeros(len(run), np.bool_)
+        for i in fit[np.argsort(-run[fit], kind="stable")].tolist():
+            done[i] = arena.attach(int(begin[i]), int(end[i] - begin[i]), int(fd[i]), int(offset[i] + begin[i] - dst[i]))
+            if not done[i]:
+                break
+        head = Batch.of_runs(src[done], dst[done], (begin - dst)[done])
+        tail = Batch.of_runs((src + end - dst)[done], end[done], (dst + run - end)[done])
+        edges = Batch.joined(head, tail)
+        undone = np.flatnonzero(~done)
+        whole = Batch.of_runs(src[undone], dst[undone], run[undone])
+        return Batch.joined(batch.take(short), whole, edges.take(np.flatnonzero(edges.run)))
 
     def _move(self, there: Attached, batch: Batch, region: IntArray, deadline: Deadline) -> None:
         src, way = there.ways(batch, region)
@@ -176,6 +234,19 @@ class _Registered:
     region: Region
     file: _File | None
     number: int
+
+
+def _unshare(rows: dict[tuple[int, int], _Registered], region: Region) -> None:
+    """Take the memfd from all rows inside `region`."""
+    for key, row in rows.items():
+        if row.file is not None and region.address <= key[0] and sum(key) <= region.address + region.nbytes:
+            rows[key] = _Registered(replace(row.region, fd=-1, fd_offset=0), None, -1)
+
+
+def _permit_readers() -> None:
+    """Let processes of the same user read this one with CMA, where that needs to be said."""
+    if ptrace_scope() == 1:
+        lib.peerload_permit_readers()
 
 
 def _shared_file(region: Region) -> _File | None:
