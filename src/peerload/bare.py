@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import Self
@@ -16,13 +16,13 @@ from .errors import CommitError
 from .geometry import IntArray
 from .load import Job, Member, load
 from .manifest import Layout, ModelKey, Offer
-from .memory import Arena, Placed, regions_for
+from .memory import Arena, regions_within
 from .receipt import Receipt
 from .rpc.client import CoordinatorClient
-from .transport.base import Region, Transport
+from .transport.base import Region
 from .transport.files import FilesTransport
 from .transport.local import LocalTransport
-from .transport.registry import open_transports
+from .transport.registry import opened_transports
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +40,7 @@ class BareRank:
         return cls(layout, np.array([arena.place(n) for n in sizes], np.int64), arena)
 
     def regions(self, registration: str) -> list[Region]:
-        block, sizes = self.arena.region(), self.layout.buffer_nbytes.tolist()
-        return regions_for([Placed(a, n, block) for a, n in zip(self.address.tolist(), sizes, strict=True)], registration)
+        return regions_within(self.arena.region(), self.address, self.layout.buffer_nbytes, registration)
 
 
 @contextmanager
@@ -54,9 +53,9 @@ def bare_ranks(
     *,
     reserve: Sequence[Offer] = (),
     on_bytes: Callable[[int, int, int], None] = lambda *_: None,
-) -> Iterator[tuple[list[tuple[BareRank, Receipt]], Mapping[str, Transport]]]:
-    """Load every rank in this process, each on a thread of its own; yields ranks with receipts, and the transports that
-    know their memory. All is freed when the block ends.
+) -> Iterator[list[tuple[BareRank, Receipt]]]:
+    """Load every rank in this process, each on a thread of its own; yields ranks with receipts. Their memory is freed when
+    the block ends; the transports of the load are closed by then.
 
     `member` names the instance; its size is that of the whole instance, or 1 for ranks that load by themselves.
     on_bytes(rank, done, wanted). Raises what `load` raises, the cause before ranks that only heard of it."""
@@ -65,7 +64,8 @@ def bare_ranks(
         for layout in layouts:
             ranks.append(BareRank.of(layout))
             stack.callback(ranks[-1].arena.close)
-        opened = {name: stack.enter_context(closing(t)) for name, t in open_transports(config).items()}
+        loading = ExitStack()
+        opened = stack.enter_context(loading).enter_context(opened_transports(config))
         # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
         alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
         given_up = Event()
@@ -94,4 +94,5 @@ def bare_ranks(
         errors = [error for f in futures if (error := f.exception()) is not None]
         if errors:
             raise min(errors, key=lambda e: isinstance(e, CommitError))
-        yield [(rank, f.result()) for rank, f in zip(ranks, futures, strict=True)], opened
+        loading.close()  # nothing of a seed stays open or mapped
+        yield [(rank, f.result()) for rank, f in zip(ranks, futures, strict=True)]

@@ -260,6 +260,11 @@ def placed(tensor: torch.Tensor, arenas: Sequence[Arena] = ()) -> Placed:
     return Placed(address, nbytes, Region(storage.data_ptr(), storage.nbytes()))
 
 
+def regions_within(block: Region, address: IntArray, nbytes: IntArray, registration: str) -> list[Region]:
+    """`regions_for` buffers at `address` [n] of `nbytes` [n] that all lie in one allocation."""
+    return regions_for([Placed(a, n, block) for a, n in zip(address.tolist(), nbytes.tolist(), strict=True)], registration)
+
+
 def regions_for(buffers: Sequence[Placed], registration: str) -> list[Region]:
     """What to register so that all `buffers` are readable, in order of address.
 

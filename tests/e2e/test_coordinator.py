@@ -313,10 +313,10 @@ def test_a_rank_whose_time_is_up_keeps_a_promise_that_the_others_rely_on(client:
 def test_a_killed_coordinator_with_a_file_forgets_nothing(tmp_path: Path) -> None:
     store = f"sqlite:{tmp_path}/new folder/peerload.db"
     with process(store) as (first, address), CoordinatorClient(address) as client:
-        lease = client.announce(offer("a", generation="g2"), MODEL, files={"config.json": b"{}"}, ttl_s=5)
-        client.announce(offer("b", generation="g1"), MODEL, ttl_s=5)
-        client.announce(offer("b", generation="g2"), MODEL, ttl_s=5)
-        client.withdraw(client.announce(offer("gone"), MODEL, ttl_s=5))
+        lease = client.announce(offer("a", generation="g2"), MODEL, files={"config.json": b"{}"}, ttl_s=60)
+        client.announce(offer("b", generation="g1"), MODEL, ttl_s=60)
+        client.announce(offer("b", generation="g2"), MODEL, ttl_s=60)
+        client.withdraw(client.announce(offer("gone"), MODEL, ttl_s=60))
         before = client.discover(MODEL)
         with ThreadPoolExecutor() as pool:
             votes = [pool.submit(client.agree, "done", 0, rank, 2, b"%d" % rank, Deadline.after(10)) for rank in range(2)]
@@ -346,12 +346,12 @@ def test_a_killed_coordinator_with_a_file_forgets_nothing(tmp_path: Path) -> Non
 def test_leases_get_a_full_ttl_after_a_restart(tmp_path: Path) -> None:
     store = f"sqlite:{tmp_path}/peerload.db"
     with serve("127.0.0.1:0", store) as first, CoordinatorClient(first.address) as client:
-        lease = client.announce(offer(), MODEL, ttl_s=1.0)
-    time.sleep(1.2)  # it was away for longer than the lease
+        lease = client.announce(offer(), MODEL, ttl_s=3.0)
+    time.sleep(3.2)  # it was away for longer than the lease
     with serve("127.0.0.1:0", store) as second, CoordinatorClient(second.address) as client:
         assert len(client.discover(MODEL)) == 1
         client.renew(lease)
-        until(lambda: client.discover(MODEL) == [], 5)
+        until(lambda: client.discover(MODEL) == [], 10)
 
 
 def test_a_coordinator_that_forgot_is_told_again() -> None:

@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=16, metavar="N", help="tokens to generate for each prompt (default: %(default)s)"
     )
-    add_config(parser, "transport", "registration", "verify", "match")
+    add_config(parser, "transport", "registration", "attach", "verify", "match")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

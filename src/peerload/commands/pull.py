@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         layouts = [layout_for(files, parallel, rank, catalog) for rank in wanted]
         member = Member(f"pull-{uuid.uuid4().hex[:6]}", size=1 if args.rank is not None else size, launch=uuid.uuid4().hex)
         show = stack.enter_context(console.rank_progress())
-        ranks, _ = stack.enter_context(bare_ranks(layouts, model, member, config, client, on_bytes=show))
+        ranks = stack.enter_context(bare_ranks(layouts, model, member, config, client, on_bytes=show))
         paths = [write_rank(args.out, rank, size) for rank, _ in ranks]
     receipts = [receipt for _, receipt in ranks]
     console.document({"model": str(model), "files": [str(p) for p in paths], "receipts": [r.to_dict() for r in receipts]})

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ..load import Member
     from ..rpc.client import CoordinatorClient
     from ..seed import Seed
+    from ..transport.registry import opened_transports
 
     config, parallel = config_of(args), parallel_of(args)
     checkpoint = Checkpoint.open(args.checkpoint)
@@ -48,11 +49,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         show = stack.enter_context(console.rank_progress())
         member = Member(instance, size=size, launch=uuid.uuid4().hex)
         loading = bare_ranks(layouts, model, member, config, client, reserve=[checkpoint.offer()], on_bytes=show)
-        ranks, transports = stack.enter_context(loading)
+        ranks = stack.enter_context(loading)
+        serving = stack.enter_context(opened_transports(config))
+        for transport in serving.values():
+            transport.register([region for rank, _ in ranks for region in rank.regions(config.registration)])
         for rank, _ in ranks:
             stack.enter_context(
                 Seed(
-                    model, rank.layout, rank.address, coordinator=client, transports=transports, instance=instance,
+                    model, rank.layout, rank.address, coordinator=client, transports=serving, instance=instance,
                     files=files.contents, attributes={"engine": "none"}, arena=rank.arena if config.attach else None,
                     digests=config.verify, threads=config.threads,
                 )

@@ -12,8 +12,8 @@ def show(console: Console, story: Story) -> None:
     limit = story.memcpy_gb_per_s
     rows = [
         (
-            receipt.rank, f"{receipt.needed_nbytes / 1e6:.1f}", f"{receipt.wire_nbytes / 1e6:.1f}", f"{receipt.overhead:.3f}x",
-            receipt.operations, *(f"{1000 * receipt.seconds.get(phase, 0.0):.0f}" for phase in PHASES),
+            receipt.rank, f"{receipt.needed_nbytes / 1e6:.1f}", f"{receipt.wire_nbytes / 1e6:.1f}",
+            f"{receipt.attached_nbytes / 1e6:.1f}", f"{receipt.overhead:.3f}x", receipt.operations, *(f"{1000 * receipt.seconds.get(phase, 0.0):.0f}" for phase in PHASES),
             f"{receipt.transfer_gb_per_s:.1f}", f"{receipt.transfer_gb_per_s / limit:.0%}",
             f"{receipt.verified_nbytes / receipt.needed_nbytes:.0%}", f"{event.extra_nbytes / 1e6:.0f}",
         )
@@ -21,9 +21,10 @@ def show(console: Console, story: Story) -> None:
     ]  # fmt: skip
     console.table(
         f"target TP{story.target_tp} out of seed TP{story.seed_tp}: {story.model}, {story.model_nbytes / 1e6:.0f} MB",
-        ("rank", "needed MB", "wire MB", "wire/needed", "ops", *PHASES, "GB/s", "of memcpy", "verified", "extra MB"),
+        ("rank", "needed MB", "wire MB", "mapped MB", "wire/needed", "ops", *PHASES, "GB/s", "of memcpy", "verified", "extra MB"),
         rows,
-        caption="discover to commit in milliseconds; extra MB: peak memory of the load beyond the rank's own weights",
+        caption="mapped MB: of the wire's bytes, those whose pages were mapped from the seed instead of copied (--no-attach copies all);\n"
+        "discover to commit in milliseconds; extra MB: peak memory of the load beyond the rank's own weights",
     )
     wire, slowest_s = sum(r.wire_nbytes for r in story.receipts), max(r.seconds.get("transfer", 0.0) for r in story.receipts)
     rate = wire / slowest_s / 1e9 if slowest_s else 0.0

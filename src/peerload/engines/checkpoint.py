@@ -24,11 +24,9 @@ from ..transport.files import FileSet
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-#: The small files of a model directory that a seed passes on; config.json alone is required.
-PUBLISHED: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja",
-)  # fmt: skip
+#: The small files of a model directory that a seed passes on; config.json alone is required. Tokenizers can be many megabytes,
+#: and nobody needs one to lay out a model.
+PUBLISHED: Final = ("config.json", "generation_config.json")
 _MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
 _SAMPLES: Final = 16
 _SAMPLE_NBYTES: Final = 4096

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ..config import Config
 from ..load import Job, Member, load
 from ..manifest import Parallel
-from ..memory import Placed, regions_for
+from ..memory import regions_within
 from ..receipt import Receipt
 from ..rpc.client import CoordinatorClient
 from ..seed import Seed
 from ..transport.base import Region, Transport
-from ..transport.registry import open_transports
+from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint
 from .transformers import OpenModel, open_model
 
@@ -50,32 +50,33 @@ def replica(
     begun_s = time.perf_counter()
     checkpoint = Checkpoint.open(directory)
     opened = open_model(directory, checkpoint.catalog, parallel, rank=member.rank)
+    assert opened.arena is not None, "open_model was asked for an arena"
+    arena = opened.arena
     engine_s = time.perf_counter() - begun_s
     on_opened()
+
+    def regions() -> list[Region]:
+        return regions_within(arena.region(), opened.address, opened.layout.buffer_nbytes, config.registration)
+
     with ExitStack() as stack:
-        if opened.arena is not None:
-            stack.callback(opened.arena.close)
+        stack.callback(arena.close)
         client = stack.enter_context(CoordinatorClient(config.url))
-        transports = {n: wrap(stack.enter_context(closing(t))) for n, t in open_transports(config).items()}
         model = checkpoint.key(config.model_name, config.revision)
-        job = Job(
-            model, opened.layout, opened.address, _regions(opened, config.registration), member, transports, config,
-            coordinator=client, arena=opened.arena, reserve=[checkpoint.offer()], on_bytes=on_bytes,
-        )  # fmt: skip
-        receipt = load(job)
+        with opened_transports(config) as transports:  # closed after the load: nothing of a seed stays open or mapped
+            job = Job(
+                model, opened.layout, opened.address, regions(), member, {n: wrap(t) for n, t in transports.items()}, config,
+                coordinator=client, arena=arena, reserve=[checkpoint.offer()], on_bytes=on_bytes,
+            )  # fmt: skip
+            receipt = load(job)
         seed = None
         if config.source:
+            serving = stack.enter_context(opened_transports(config))
+            for transport in serving.values():
+                transport.register(regions())
             seed = Seed(
-                model, opened.layout, opened.address, coordinator=client, transports=transports, instance=member.instance,
-                files=opened.files.contents, attributes=attributes, arena=opened.arena if config.attach else None,
+                model, opened.layout, opened.address, coordinator=client, transports=serving, instance=member.instance,
+                files=opened.files.contents, attributes=attributes, arena=arena if config.attach else None,
                 digests=config.verify, threads=config.threads,
             )  # fmt: skip
             stack.enter_context(seed)
         yield Replica(opened, receipt, engine_s, seed)
-
-
-def _regions(opened: OpenModel, registration: str) -> list[Region]:
-    assert opened.arena is not None, "open_model was asked for an arena"
-    block = opened.arena.region()
-    sizes = opened.layout.buffer_nbytes.tolist()
-    return regions_for([Placed(a, n, block) for a, n in zip(opened.address.tolist(), sizes, strict=True)], registration)

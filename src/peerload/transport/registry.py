@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +50,13 @@ def open_transports(config: Config) -> dict[str, Transport]:
         nixl = Deferred(NixlTransport.name, NixlTransport.limits, lambda: open_transport(NixlTransport.name, config))
         opened = {"local": opened["local"], nixl.name: nixl, FilesTransport.name: opened[FilesTransport.name]}
     return opened
+
+
+@contextmanager
+def opened_transports(config: Config) -> Iterator[dict[str, Transport]]:
+    """`open_transports` for the length of a block: then connections end and memory is forgotten."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(closing(transport)) for name, transport in open_transports(config).items()}
 
 
 def probe(name: str) -> Probe:
