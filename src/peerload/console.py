@@ -15,7 +15,7 @@ from rich.table import Table
 from .errors import PeerloadError, PlanError
 
 #: Columns of a table that goes to a file or a pipe.
-WIDTH = 160
+WIDTH = 170
 
 
 class Console:
