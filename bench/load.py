@@ -1,6 +1,7 @@
-"""A whole load: 1 GiB of Llama into four ranks, out of a TP2 seed's memory and by the engine's own load from page cache.
+"""A whole load: 1 GiB of Llama into four ranks, out of a TP2 seed's memory and by the engine's own load from page cache
+(--cold: from disk).
 
-    python bench/load.py [--layers 9] [--rounds 5] [--seed-tp 2] [--target-tp 4] [--no-attach] [--no-verify]
+    python bench/load.py [--layers 9] [--rounds 5] [--seed-tp 2] [--target-tp 4] [--no-attach] [--no-verify] [--cold]
 
 Both kinds of instance are real processes of the same engine, in turn, A B A B. Counted is everything from the start of
 building the model until every page of every parameter can be read (`whole_s`, the slowest rank): construction, discovery,
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -35,6 +37,14 @@ DIMENSIONS: Final[dict[str, int]] = {
 }  # fmt: skip
 
 
+def _forget(directory: Path) -> None:
+    """Have the kernel drop what it has cached of a checkpoint's files."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=9)
@@ -44,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--no-attach", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="the engine's load finds nothing in the page cache")
     args = parser.parse_args(argv)
     from peerload.testing.checkpoints import make_checkpoint
 
@@ -70,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         receipts: list[Receipt] = []
         for number in range(args.rounds + 1):
             for role, figures in (("peer", ours), ("disk", theirs)):
+                if args.cold and role == "disk":
+                    _forget(directory)
                 with Instance(replace(target, role=role, instance=f"{role}{number}"), room) as instance:
                     events = instance.wait_for(Loaded, START_S)
                 whole_s = max(e.whole_s for e in events)
@@ -87,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         "peerload_s": round(statistics.median(ours), 4), "engine_disk_s": round(statistics.median(theirs), 4),
         "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds,
         "verify": not args.no_verify,
-        "attach": not args.no_attach,
+        "attach": not args.no_attach, "cold": args.cold,
     }))  # fmt: skip
     return 0
 
