@@ -12,6 +12,7 @@ Pure: standard library and NumPy only.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,8 +97,8 @@ class Catalog:
         if not len(self.names) == len(self.dtypes) == len(self.shapes):
             raise ManifestError("catalog", "names, dtypes and shapes differ in length")
         if len(set(self.names)) != len(self.names):
-            twice = sorted(n for n in set(self.names) if self.names.count(n) > 1)[:1]
-            raise ManifestError("catalog.names", f"{twice[0]!r} appears more than once")
+            twice = Counter(self.names).most_common(1)[0][0]
+            raise ManifestError("catalog.names", f"{twice!r} appears more than once")
         unknown = set(self.dtypes) - ITEMSIZE.keys()
         if unknown:
             row = next(i for i, d in enumerate(self.dtypes) if d in unknown)
