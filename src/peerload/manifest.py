@@ -408,7 +408,7 @@ class Binding:
     """Where one process has put the buffers of its layout, and how to reach it.
 
     address: [buffers], each buffer's first byte in the process's address space.
-    digests: [pieces] uint64 of `verify.py`, or None when the seed was told not to compute them.
+    digests: [pieces] uint64 of `digest.py`, or None when the seed was told not to compute them.
     fence_address: 16 bytes that hold the generation as long as the buffers hold its weights; 0 when there is none.
     host: identifies the machine (boot id), so that same-host transports know when they apply.
     """
