@@ -26,8 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     with serve(args.listen, args.store) as coordinator:
-        console.say(f"coordinator listens on {coordinator.address}, store {args.store}; stop it with Ctrl-C")
         try:
+            console.say(f"coordinator listens on {coordinator.address}, store {args.store}; stop it with Ctrl-C")
             console.document({"address": coordinator.address, "store": args.store})
             coordinator.wait()
         except KeyboardInterrupt:

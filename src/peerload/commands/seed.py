@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 )
             )  # fmt: skip
         held = sum(rank.layout.nbytes for rank, _ in ranks)
-        console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")
         try:
+            console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")
             console.document(
                 {
                     "instance": instance,
