@@ -1,0 +1,229 @@
+"""Loads whose sources are killed, give wrong bytes or change while they are read."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import MODEL, Slow, faulty, good, needs_nixl, only, seed, target
+
+from peerload.config import Config
+from peerload.errors import CommitError, PlanError, SourcesExhausted, VerifyError
+from peerload.manifest import Parallel
+from peerload.testing.instances import CONFIG, SeedProcess, load_ranks, on_disk
+from peerload.transport.faulty import Faults
+
+pytestmark = pytest.mark.e2e
+
+MEMORIES = ["arena", "plain", pytest.param("nixl", marks=needs_nixl)]
+
+
+def of_memory(memory: str) -> dict[str, object]:
+    if memory == "nixl":
+        return {"config": CONFIG.replace(transport="nixl")}
+    return {"memory": memory, "config": CONFIG}
+
+
+class TestLostSource:
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_killed_in_mid_transfer_the_rest_comes_from_the_other_seed(self, url: str, memory: str) -> None:
+        how = of_memory(memory)
+        with SeedProcess(seed(url, "a", **how)) as a, SeedProcess(seed(url, "b", **how)):
+            kill = Slow("a/", 80, a.kill)
+            results = load_ranks(target(url, config=how["config"]), wrap=kill)
+        assert kill.happened.is_set()
+        good(results)
+        receipt = results[0].receipt
+        assert receipt is not None
+        from_a, from_b = receipt.sources["a/rank 0"].nbytes, receipt.sources["b/rank 0"].nbytes
+        assert from_a + from_b == receipt.needed_nbytes
+        # b gave its half and the remainder of a's; only the boxes that a had begun were read twice.
+        assert from_a > 0.2 * receipt.needed_nbytes
+        assert from_b < 0.8 * receipt.needed_nbytes
+        assert receipt.wire_nbytes < 1.1 * receipt.needed_nbytes
+        assert receipt.verified_nbytes == receipt.needed_nbytes
+
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_with_no_second_seed_the_rest_comes_from_disk(self, url: str, memory: str, tmp_path: Path) -> None:
+        how = of_memory(memory)
+        config = how["config"]
+        assert isinstance(config, Config)
+        with SeedProcess(seed(url, "a", **how)) as a:
+            kill = Slow("a/", 120, a.kill)
+            life = target(url, config=config.replace(fallback="disk"))
+            results = load_ranks(life, wrap=kill, reserve=[on_disk(MODEL, tmp_path)])
+        assert kill.happened.is_set()
+        good(results)
+        receipt = results[0].receipt
+        assert receipt is not None
+        assert receipt.sources["a/rank 0"].nbytes > 0.2 * receipt.needed_nbytes
+        assert sum(read.nbytes for read in receipt.sources.values()) == receipt.needed_nbytes
+        assert len(receipt.sources) == 2
+        assert receipt.verified_nbytes == receipt.needed_nbytes
+
+    @pytest.mark.parametrize("memory", MEMORIES)
+    def test_with_no_fallback_every_rank_fails_and_says_why(self, url: str, memory: str) -> None:
+        how = of_memory(memory)
+        with SeedProcess(seed(url, "a", **how)) as a:
+            kill = Slow("a/", 30, a.kill)
+            results = load_ranks(target(url, 2, config=how["config"]), wrap=lambda r, t: kill(r, t) if r == 0 else t)
+        assert kill.happened.is_set()
+        first, second = results
+        assert isinstance(first.error, SourcesExhausted)
+        assert first.error.exit_code == 4
+        assert "a/rank 0" in str(first.error)
+        assert "rank 0" in first.error.message
+        assert "start another seed" in first.error.next_step
+        assert isinstance(second.error, CommitError | SourcesExhausted)  # it may have been reading too
+        if isinstance(second.error, CommitError):
+            assert "rank 0 aborted" in second.error.message
+            assert "a/rank 0" in second.error.message
+
+    def test_a_seed_that_ends_politely_while_it_is_read(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):
+            leave = Slow("a/", 20, lambda: a.ask("leave"))
+            results = load_ranks(target(url), wrap=leave)
+        assert leave.happened.is_set()
+        good(results)
+
+    def test_all_of_many_seeds_but_one_die(self, url: str) -> None:
+        with ExitStack() as stack:
+            seeds = [stack.enter_context(SeedProcess(seed(url, f"s{i}"))) for i in range(4)]
+            kill = Slow("s1/", 3, lambda: [s.kill() for s in seeds[1:]])
+            results = load_ranks(target(url), wrap=kill)
+            good(results)
+        assert kill.happened.is_set()
+
+
+class TestWrongBytes:
+    def test_a_bit_flipped_on_the_wire_is_named_and_read_again_from_the_other_seed(
+        self, url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        two = {"parallel": Parallel(tp=2)}
+        with SeedProcess(seed(url, "a", **two)), SeedProcess(seed(url, "b", **two)):
+            flip = Faults(source="a/", flip_one_in_nbytes=200_000, flips=1)
+            good(results := load_ranks(target(url, 2), wrap=lambda r, t: faulty(flip)(r, t) if r == 1 else t))
+        assert results[1].receipt is not None
+        assert 0 < results[1].receipt.reread_nbytes < 1_000_000
+        assert results[0].receipt is not None
+        assert results[0].receipt.reread_nbytes == 0
+        (line,) = {r.getMessage() for r in caplog.records if "reading it again" in r.getMessage() and "rank 1:" in r.getMessage()}
+        assert "weight[" in line
+        assert "held by rank 1 and read from a/rank 1" in line
+        assert "announced" in line
+
+    def test_a_source_that_is_always_wrong_is_replaced(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")), SeedProcess(seed(url, "b")):
+            good(results := load_ranks(target(url, 2), wrap=faulty(Faults(source="a/", flip_one_in_nbytes=50_000))))
+        for result in results:
+            assert result.receipt is not None
+            assert 0 < result.receipt.reread_nbytes < 2 * result.receipt.needed_nbytes
+            assert result.receipt.verified_nbytes == result.receipt.needed_nbytes
+
+    def test_a_single_source_that_is_always_wrong_fails_every_rank_after_a_few_reads(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")):
+            wrong = faulty(Faults(source="a/", flip_one_in_nbytes=50_000))
+            results = load_ranks(target(url, 2), wrap=lambda r, t: wrong(r, t) if r == 1 else t)
+        for result in results:
+            assert isinstance(result.error, VerifyError), result.error
+            assert result.error.exit_code == 5
+            assert "weight[" in result.error.message
+            assert "read from a/rank 0" in result.error.message
+            assert result.error.next_step
+        assert results[1].wrong
+
+    def test_a_bit_flipped_in_a_seeds_memory_is_not_passed_on(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):
+            a.ask("flip")
+            good(results := load_ranks(target(url, 2)))
+        assert sum(r.receipt.reread_nbytes for r in results if r.receipt is not None) > 0
+
+    def test_a_bit_flipped_in_the_only_seeds_memory_is_read_from_disk(self, url: str, tmp_path: Path) -> None:
+        with SeedProcess(seed(url, "a")) as a:
+            a.ask("flip")
+            life = target(url, config=CONFIG.replace(fallback="disk"))
+            good(load_ranks(life, reserve=[on_disk(MODEL, tmp_path)]))
+
+    def test_the_disk_is_wrong_and_a_seed_right(self, url: str, tmp_path: Path) -> None:
+        """Nothing is taken from disk as long as a seed has it."""
+        with SeedProcess(seed(url, "a")):
+            life = target(url, config=CONFIG.replace(fallback="disk"))
+            good(load_ranks(life, reserve=[on_disk(MODEL, tmp_path, version=1)]))
+
+    def test_verify_off_lets_it_pass(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")):
+            life = target(url, config=CONFIG.replace(verify=False))
+            (result,) = load_ranks(life, wrap=faulty(Faults(source="a/", flip_one_in_nbytes=200_000, flips=2)))
+        assert result.error is None
+        assert result.receipt is not None
+        assert result.receipt.verified_nbytes == 0
+        assert result.receipt.unverified_nbytes == result.receipt.needed_nbytes
+        assert result.wrong
+
+    def test_seeds_with_different_weights_under_one_name(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")), SeedProcess(seed(url, "b", version=1)):
+            error = only(load_ranks(target(url)), VerifyError)
+        assert "a/rank 0 and b/rank 0" in str(error)
+
+    def test_seeds_without_digests_prove_nothing(self, url: str) -> None:
+        with SeedProcess(seed(url, "a", digests=False)):
+            good(results := load_ranks(target(url)))
+        assert results[0].receipt is not None
+        assert results[0].receipt.unverified_nbytes == results[0].receipt.needed_nbytes
+
+
+class TestGenerations:
+    def test_a_seed_that_is_changing_cannot_be_read(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")) as a:
+            a.ask("begin change")
+            error = only(load_ranks(target(url)), SourcesExhausted)
+        assert "a/rank 0 (its weights have changed since it announced them)" in str(error)
+
+    def test_a_seed_that_changes_while_it_is_read(self, url: str) -> None:
+        """Nothing it gave counts; the other seed gives everything."""
+        with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):
+            change = Slow("a/", 30, lambda: a.ask("change"))
+            good(results := load_ranks(target(url), wrap=change))
+        assert change.happened.is_set()
+        assert results[0].receipt is not None
+        assert set(results[0].receipt.sources) == {"b/rank 0"}
+
+    def test_what_changed_is_found_under_its_new_generation(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")) as a:
+            a.ask("change")
+            good(load_ranks(target(url, version=1)))
+
+    def test_changing_many_times_while_the_heart_beats(self, url: str) -> None:
+        with SeedProcess(seed(url, "a", ttl_s=1.0)) as a:
+            for _ in range(60):
+                a.ask("change")
+            time.sleep(1.5)
+            good(load_ranks(target(url, version=60)))
+
+    def test_a_seed_restarts_under_its_name_while_it_is_read(self, url: str) -> None:
+        with SeedProcess(seed(url, "b")), SeedProcess(seed(url, "a")) as a, ExitStack() as stack:
+
+            def restart() -> None:
+                a.kill()
+                stack.enter_context(SeedProcess(seed(url, "a", version=1)))
+
+            again = Slow("a/", 30, restart)
+            good(load_ranks(target(url), wrap=again))
+            assert again.happened.is_set()
+
+    def test_a_seed_restarted_under_its_name_is_found(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")) as a:
+            a.kill()
+            with SeedProcess(seed(url, "a", version=1)):
+                good(load_ranks(target(url, version=1)))
+
+    def test_the_lease_of_a_seed_that_was_killed_runs_out(self, url: str) -> None:
+        with SeedProcess(seed(url, "a", ttl_s=1.0)) as a:
+            a.kill()
+        error = only(load_ranks(target(url)), SourcesExhausted)
+        assert "a/rank 0" in str(error)
+        time.sleep(2.5)
+        error = only(load_ranks(target(url)), PlanError)
+        assert "nobody offers anything" in str(error)
