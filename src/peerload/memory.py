@@ -5,6 +5,7 @@ torch is imported only by the functions that take or give tensors.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import math
@@ -137,7 +138,7 @@ class Arena:
                 return False
             nbytes = self._bytes.nbytes
             if lib.peerload_map_private(self.address, nbytes, self._fd, 0):
-                self._restore(0, nbytes)
+                self._mend(0, nbytes)
                 return False
             try:
                 fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
@@ -166,13 +167,19 @@ class Arena:
             if self._shared or self._frozen or self._attached == MAX_ATTACHED:
                 return False
             if lib.peerload_map_private(address, nbytes, fd, offset):
-                self._restore(begin, nbytes)
+                self._mend(begin, nbytes)
                 return False
             self._attached += 1
             return True
 
+    def _mend(self, begin: int, nbytes: int) -> None:
+        """After a mapping that failed: nothing to do where the kernel has kept the old one (it does when it's out of mappings,
+        and then would refuse ours, too); older kernels may leave a hole."""
+        if ctypes.CDLL(None).msync(ctypes.c_void_p(self.address + begin), ctypes.c_size_t(nbytes), 1):  # MS_ASYNC does no more
+            self._restore(begin, nbytes)
+
     def _restore(self, begin: int, nbytes: int) -> None:
-        """Our own pages again, after a mapping that failed."""
+        """The memfd's pages again."""
         error = lib.peerload_map(self.address + begin, nbytes, self._fd, begin, 1)
         if error:
             raise HostError(f"{nbytes} bytes of an arena can't be mapped any more: {os.strerror(error)}")

@@ -240,6 +240,26 @@ def test_a_frozen_arena_and_an_arena_that_is_still_shared_take_no_pages() -> Non
             assert not frozen.attach(at, PAGE, fd, 0)
 
 
+def test_without_room_for_mappings_nothing_is_attached_and_pages_stay_as_they_were() -> None:
+    libc = ctypes.CDLL(None)
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 1 << 18:
+        pytest.skip("this host allows too many mappings to use them up")
+    with Arena(MIB) as frozen, Arena(4 * MIB) as arena:
+        source, here = frozen.place(MIB), arena.place(3 * MIB) + MIB
+        assert frozen.freeze()
+        arena.write(here, b"mine")
+        arena.unshare()
+        with mmap.mmap(-1, 2 * limit * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as many:
+            begin = ctypes.addressof(ctypes.c_char.from_buffer(many))
+            pages = range(begin, begin + len(many), 2 * PAGE)
+            assert any(libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), mmap.PROT_READ) for at in pages)
+            attached = arena.attach(here, MIB, frozen.region().fd, source - frozen.address)
+        assert not attached
+        assert arena.read(here, 4) == b"mine"
+        assert arena.attach(here, MIB, frozen.region().fd, source - frozen.address)
+
+
 def life(url: str, instance: str, tp: int, **changes: object) -> Life:
     values = {"url": url, "model": MODEL, "instance": instance, "parallel": Parallel(tp=tp), "config": CONFIG, **changes}
     return Life(**values)  # type: ignore[arg-type]

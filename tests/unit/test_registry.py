@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 from peerload.config import Config
-from peerload.errors import ConfigError, HostError
+from peerload.errors import ConfigError, HostError, SourceUnreachable
+from peerload.transport.base import Limits, Region
+from peerload.transport.deferred import Deferred
+from peerload.transport.local import LocalTransport
 from peerload.transport.registry import cma_error, open_transport, open_transports, probe
 
 OPEN_AND_CLOSE = """
@@ -63,3 +67,36 @@ def test_the_probe_of_local_says_what_the_host_allows() -> None:
 def test_opening_transports_prints_nothing_on_standard_output() -> None:
     done = subprocess.run([sys.executable, "-c", OPEN_AND_CLOSE], stdout=subprocess.PIPE, timeout=60, check=True)
     assert done.stdout == b""
+
+
+class Refusing(LocalTransport):
+    """A transport whose host lets nobody register memory."""
+
+    closed = False
+
+    def register(self, regions: Sequence[Region]) -> None:
+        raise HostError("no memory may be pinned", next_step="raise ulimit -l")
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+def test_a_deferred_transport_that_its_host_refuses_is_closed_and_in_nobodys_way() -> None:
+    made: list[Refusing] = []
+
+    def make() -> Refusing:
+        made.append(Refusing(threads=1))
+        return made[-1]
+
+    deferred = Deferred("nixl", Limits(strided=False, operation_nbytes=1), make)
+    deferred.register([Region(4096, 1)])
+    for _ in range(2):
+        with pytest.raises(HostError, match="pinned"):
+            deferred.describe()
+    assert [t.closed for t in made] == [True]
+    assert not deferred.started
+    deferred.register([Region(8192, 1)])  # the fence of the next seed, or its arena without the memfd: others serve those
+    with pytest.raises(SourceUnreachable, match="pinned"):
+        deferred.connect(b"", "source")
+    deferred.close()

@@ -62,11 +62,16 @@ class Deferred:
                 raise self._refused
             if self._real is None:
                 try:
-                    self._real = self._make()
-                    self._real.register([region for region, known in self._waiting if _identity(region.fd) == known])
+                    real = self._make()
+                    try:
+                        real.register([region for region, known in self._waiting if _identity(region.fd) == known])
+                    except BaseException:
+                        real.close()
+                        raise
                 except HostError as error:
                     self._refused = error
                     raise
+                self._real = real
                 self._waiting.clear()
             return self._real
 
