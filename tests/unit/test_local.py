@@ -18,6 +18,7 @@ from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import HostError, SourceLost, SourceUnreachable
 from peerload.memory import Arena
+from peerload.native._lib import lib
 from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import strided
 from peerload.transport.attached import Description, why_not
@@ -253,6 +254,23 @@ def test_regions_whose_memfd_was_closed_are_forgotten(seed: LocalTransport, read
             reader.register([ours.region()])
             reader.read(reader.connect(seed.describe(), "source"), block(address, here, 7), SOON)
             assert ours.read(here, 7) == b"weights"
+
+
+@pytest.mark.skipif(cma_error() != 0, reason="process_vm_readv is forbidden here")
+def test_a_region_that_is_gone_keeps_nobody_from_the_others(seed: LocalTransport, reader: LocalTransport) -> None:
+    """Two seeds of one process; one ends, and with it its fence."""
+    gone = lib.peerload_reserve(mmap.PAGESIZE)  # nothing can be read there
+    with Arena(4096) as kept, Arena(4096) as landing:
+        there, here = kept.allocate(4), landing.allocate(4)
+        kept.write(there, b"here")
+        seed.register([Region(gone, mmap.PAGESIZE), kept.region()])
+        reader.register([landing.region()])
+        peer = reader.connect(seed.describe(), "source")
+        reader.read(peer, block(there, here, 4), SOON)
+        assert landing.read(here, 4) == b"here"
+        with pytest.raises(SourceLost):
+            reader.read(peer, block(gone, here, 4), SOON)
+    lib.peerload_unmap(gone, mmap.PAGESIZE)
 
 
 def test_readers_see_what_the_memory_holds_now(seed: LocalTransport, reader: LocalTransport) -> None:

@@ -239,8 +239,8 @@ class Attached:
         one = np.ones(1, np.int64)
         byte = Batch.of_runs(one * told.address[hidden], one * ctypes.addressof(landing), one)
         error, _ = Columns(byte).read_process(self.pid, 0, 1)
-        self._cma = error == 0
-        if error and self._file[hidden] == CMA:
+        self._cma = error in (0, errno.EFAULT)  # EFAULT: we may read, but this region is gone (a seed there has ended)
+        if not self._cma and self._file[hidden] == CMA:
             problem, fix = why_not(error)
             raise SourceUnreachable(self.source, f"its memory can't be read with process_vm_readv: {problem}", next_step=fix)
 
