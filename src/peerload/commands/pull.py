@@ -52,8 +52,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(config.url))
         model = _resolve(client, args.model, config.revision, config.wait_s)
-        catalog = client.discover(model)[0].layout.catalog
-        files = ModelFiles(client.discover_files(model))
+        offers = client.discover(model)
+        if not offers:
+            raise SourcesExhausted(
+                f"the last seed of {model} has just left", next_step="start a seed, or wait for one with --wait-s"
+            )
+        catalog, files = offers[0].layout.catalog, ModelFiles(client.discover_files(model))
         wanted = range(size) if args.rank is None else [args.rank]
         layouts = [layout_for(files, parallel, rank, catalog) for rank in wanted]
         member = Member(f"pull-{uuid.uuid4().hex[:6]}", size=1 if args.rank is not None else size, launch=uuid.uuid4().hex)

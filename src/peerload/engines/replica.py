@@ -53,13 +53,13 @@ def replica(
     assert opened.arena is not None, "open_model was asked for an arena"
     arena = opened.arena
     engine_s = time.perf_counter() - begun_s
-    on_opened()
 
     def regions() -> list[Region]:
         return regions_within(arena.region(), opened.address, opened.layout.buffer_nbytes, config.registration)
 
     with ExitStack() as stack:
         stack.callback(arena.close)
+        on_opened()
         client = stack.enter_context(CoordinatorClient(config.url))
         model = checkpoint.key(config.model_name, config.revision)
         with opened_transports(config) as transports:  # closed after the load: nothing of a seed stays open or mapped
