@@ -19,14 +19,15 @@ import numpy.typing as npt
 
 from .config import Config
 from .deadline import Deadline
-from .digest import DigestArray, digest_boxes
+from .digest import DigestArray
 from .errors import CommitError, ConfigError, DeadlineExceeded, PeerloadError, PlanError, SourcesExhausted, VerifyError
 from .geometry import IntArray
 from .manifest import Layout, ModelKey, Offer, SourceId
-from .memory import Arena, fill
+from .memory import Arena
 from .plan import Plan, Wants, make_plan
 from .receipt import Read, Receipt
 from .rpc.client import CoordinatorClient
+from .space import space_on
 from .transfer import Outcome, Reader
 from .transport.base import Region, Transport
 from .verify import Claims, Measured, State, Verdict, compare
@@ -55,7 +56,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One rank's load. The caller owns the buffers at `address` [buffers of layout], which lie in `regions`, the
+    """One rank's load. The caller owns the buffers at `address` [buffers of layout], which lie in `regions` of one device, the
     transports and the coordinator's client (None: read only `reserve`), and keeps them until `load` returns.
 
     arena: holds all the buffers, and may get pages of a seed on this host in place of its own, so it must be known to no
@@ -128,6 +129,7 @@ class _Run:
 
     def __init__(self, job: Job, deadline: Deadline) -> None:
         self.job, self.deadline = job, deadline
+        self.space = space_on(job.regions[0].device if job.regions else "cpu")
         self.begun_s = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.filled = _Filled.nothing(job.layout.catalog.width)
@@ -175,12 +177,12 @@ class _Run:
     def registered(self) -> Iterator[Reader]:
         """Our buffers and staging memory known to every transport, constants written."""
         job = self.job
-        with Reader(job.transports, job.config.staging_bytes, job.arena if job.config.attach else None) as reader:
+        with Reader(job.transports, job.config.staging_bytes, job.arena if job.config.attach else None, self.space) as reader:
             with self.phase("register"):
                 for transport in self.job.transports.values():
                     transport.register([*self.job.regions, *reader.regions()])
                 for constant in self.job.layout.constants:
-                    fill(constant, self.job.address)
+                    self.space.fill(constant, self.job.address)
             yield reader
 
     def fetch(self, wants: Wants, offers: Sequence[Offer], reader: Reader) -> None:
@@ -281,7 +283,7 @@ class _Run:
         address = self.job.address[pieces.buffer[boxes.piece]] + pieces.offset[boxes.piece]
         address = address + ((boxes.start - pieces.start[boxes.piece]) * stride).sum(axis=1)
         catalog, threads = self.job.layout.catalog, self.job.config.threads
-        return digest_boxes(catalog, tensor, boxes.start, boxes.stop, address, stride, threads=threads)
+        return self.space.digest(catalog, tensor, boxes.start, boxes.stop, address, stride, threads)
 
     def all_agree(self, verdict: Verdict) -> bool:
         """Commit if every rank is content. Raises VerifyError when sources contradict each other, or when ranges have

@@ -403,6 +403,10 @@ class Endpoint:
     description: bytes
 
 
+#: What a fence holds: the generation, as bytes.
+FENCE_NBYTES: Final = 16
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
     """Where one process has put the buffers of its layout, and how to reach it.

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .deadline import Deadline
-from .digest import digest_pieces
 from .errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from .geometry import IntArray
-from .manifest import Binding, Endpoint, Layout, ModelKey, Offer, SourceId
+from .manifest import FENCE_NBYTES, Binding, Endpoint, Layout, ModelKey, Offer, SourceId
 from .memory import Arena
 from .rpc.client import CoordinatorClient, Lease
-from .transfer import FENCE_NBYTES, fence
+from .space import HOST, Space, digest_layout
+from .transfer import fence
 from .transport.base import Transport
 from .transport.files import FilesTransport
 
@@ -43,7 +43,7 @@ class Seed:
     The caller owns the memory and keeps it, unchanged but for `changing()`, until the seed is closed. `files` are small
     model files (config.json) for targets that have no copy. arena: holds all the buffers, and is frozen, so that targets on this
     host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
-    a seed has frozen must be given to every later seed of it. digests: False leaves them out; targets then can't verify.
+    a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out; targets then can't verify.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Seed:
         files: Mapping[str, bytes] | None = None,
         attributes: Mapping[str, str] | None = None,
         arena: Arena | None = None,
+        space: Space = HOST,
         digests: bool = True,
         threads: int = 0,
         ttl_s: float = TTL_S,
@@ -65,15 +66,14 @@ class Seed:
         self._model, self._layout, self._address = model, layout, address
         self._coordinator, self._transports, self._instance = coordinator, transports, instance
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
-        self._arena, self._digests, self._threads, self._ttl_s = arena, digests, threads, ttl_s
+        self._arena, self._space, self._digests, self._threads, self._ttl_s = arena, space, digests, threads, ttl_s
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
         self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
         self._offer: Offer | None = None
         self._lease: Lease | None = None
-        self._fence = Arena(FENCE_NBYTES, "peerload-fence")
-        self._fence.seal()
+        self._fence = space.fence()
         for transport in transports.values():
             transport.register([self._fence.region()])
 
@@ -113,7 +113,7 @@ class Seed:
         self._publish()
 
     def _clear_fence(self) -> None:
-        self._fence.write(self._fence.fence_address, bytes(FENCE_NBYTES))
+        self._fence.write(bytes(FENCE_NBYTES))
 
     def _withdraw(self) -> None:
         """End the heartbeat and the lease, whichever generation it is of."""
@@ -138,14 +138,14 @@ class Seed:
             endpoints = self._endpoints()
         digests: npt.NDArray[np.uint64] | None = None
         if self._digests:
-            digests = digest_pieces(self._layout, self._address, threads=self._threads)
-        self._fence.write(self._fence.fence_address, fence(generation))
+            digests = digest_layout(self._space, self._layout, self._address, threads=self._threads)
+        self._fence.write(fence(generation))
         binding = Binding(
             SourceId(self._instance, self._layout.rank, generation),
             self._address,
             endpoints,
             digests=digests,
-            fence_address=self._fence.fence_address,
+            fence_address=self._fence.address,
             attributes=self._attributes,
         )
         with self._announcing:

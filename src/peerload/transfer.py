@@ -15,16 +15,16 @@ from .deadline import Deadline
 from .errors import SourceError, SourceStale, SourceUnreachable
 from .geometry import IntArray
 from .lower import Step, lower
-from .manifest import Offer, SourceId
-from .memory import Arena, copy
+from .manifest import FENCE_NBYTES, Offer, SourceId
+from .memory import Arena
 from .plan import Plan
+from .space import HOST, Space
 from .transport.base import Mappable, Region, Transport
 from .transport.deferred import Deferred
 from .transport.files import FilesTransport
 
 #: Sources read at the same time. Each has its own share of the staging memory.
 WORKERS = 4
-FENCE_NBYTES = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,10 +54,13 @@ class Attaches(Protocol):
 class Reader:
     """Reads plans into one rank's buffers. Owns connections and staging memory; the transports stay the caller's.
 
-    arena: holds all the buffers, and may have a peer's pages mapped into it (None: everything is copied)."""
+    arena: holds all the buffers, and may have a peer's pages mapped into it (None: everything is copied). space: where the
+    buffers lie."""
 
-    def __init__(self, transports: Mapping[str, Transport], staging_nbytes: int, arena: Arena | None = None) -> None:
-        self._transports, self._arena = transports, arena
+    def __init__(
+        self, transports: Mapping[str, Transport], staging_nbytes: int, arena: Arena | None = None, space: Space = HOST
+    ) -> None:
+        self._transports, self._arena, self._space = transports, arena, space
         needed = any(not transport.limits.strided for transport in transports.values())
         self._share = staging_nbytes // WORKERS if needed else 0
         self._staging = Arena(WORKERS * (self._share + 4096))
@@ -150,7 +153,7 @@ class Reader:
             transport.read(peer, left, deadline)
             return step.wire.nbytes - left.nbytes
         transport.read(peer, _moved(step.wire, dst=staging), deadline)
-        copy(_moved(step.scatter, src=staging))
+        self._space.copy(_moved(step.scatter, src=staging))
         return 0
 
     def _unpinned(self) -> bool:

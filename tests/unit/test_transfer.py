@@ -16,11 +16,11 @@ from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import DeadlineExceeded, SourceLost, SourceStale, SourceUnreachable
 from peerload.lower import lower
-from peerload.manifest import Binding, Endpoint, Offer, Parallel, SourceId
+from peerload.manifest import FENCE_NBYTES, Binding, Endpoint, Offer, Parallel, SourceId
 from peerload.memory import Arena
 from peerload.plan import Plan, make_plan
 from peerload.testing.layouts import layout, llama
-from peerload.transfer import FENCE_NBYTES, Reader, fence
+from peerload.transfer import Reader, fence
 from peerload.transport.base import Limits
 from peerload.transport.faulty import Faults, Faulty
 from peerload.transport.memory import MemoryTransport
