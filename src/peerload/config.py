@@ -33,7 +33,8 @@ class Config:
         ("auto", "local", "nixl"),
     )  # fmt: skip
     registration: str = _setting(
-        "arena", "granularity of registered memory: one region for each tensor, for each allocation, or for all",
+        "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
+        "to be had of an engine that allocates its weights one by one)",
         ("per-tensor", "per-allocation", "arena"),
     )  # fmt: skip
     match: str = _setting(
@@ -45,6 +46,10 @@ class Config:
     wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
     deadline_s: float = _setting(600.0, "seconds the whole load may take")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
+    retain_bytes: int = _setting(
+        256 << 20, "memory in which a seed keeps copies of small tensors as they were loaded, where its engine's post-processing "
+        "rewrites them, bytes",
+    )  # fmt: skip
     attach: bool = _setting(
         True, "on one host, map a seed's frozen memory copy-on-write instead of copying it; seeds freeze theirs. Off: no memory "
         "is shared between instances",
@@ -61,7 +66,7 @@ class Config:
                 raise ConfigError(f"{setting.name} is {value!r}, must be of type {wanted.__name__}")
             if choices and value not in choices:
                 raise ConfigError(f"{setting.name} is {value!r}, must be one of {', '.join(choices)}")
-        for name in ("wait_s", "deadline_s", "staging_bytes", "threads"):
+        for name in ("wait_s", "deadline_s", "staging_bytes", "retain_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
 

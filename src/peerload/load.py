@@ -22,7 +22,7 @@ from .deadline import Deadline
 from .digest import DigestArray
 from .errors import CommitError, ConfigError, DeadlineExceeded, PeerloadError, PlanError, SourcesExhausted, VerifyError
 from .geometry import IntArray
-from .manifest import Layout, ModelKey, Offer, SourceId
+from .manifest import Layout, ModelKey, Offer, SourceId, is_derived
 from .memory import Arena
 from .plan import Plan, Wants, make_plan
 from .receipt import Read, Receipt
@@ -62,6 +62,7 @@ class Job:
     arena: holds all the buffers, and may get pages of a seed on this host in place of its own, so it must be known to no
     device; None: everything is copied. `config.attach` has a say too.
     reserve: offers of last resort, such as a checkpoint on disk, read for what no seed supplies.
+    derives: the caller can make derived tensors itself: those that nobody holds are left out, and told in the receipt.
     on_bytes(phase, done, wanted): progress, called from several threads."""
 
     model: ModelKey
@@ -74,6 +75,7 @@ class Job:
     coordinator: CoordinatorClient | None = None
     arena: Arena | None = None
     reserve: Sequence[Offer] = ()
+    derives: bool = False
     on_bytes: Callable[[str, int, int], None] = lambda *_: None
 
 
@@ -139,6 +141,7 @@ class _Run:
         self.suspicion: dict[str, int] = {}
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
         self.round = self.rereads = self.hashed = 0
+        self.left: set[str] = set()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -222,8 +225,21 @@ class _Run:
                 return make_plan(wants, usable, reserve=last, match=config.match, salt=f"{member.instance}/{member.rank}")
             except PlanError as error:
                 trusted += 1
-                if trusted > len(order):
+                if trusted <= len(order):
+                    continue
+                left = self._leave(wants)
+                if len(left) == len(wants):
                     raise self._exhausted(error) from error
+                wants, trusted = left, trusted - 1
+
+    def _leave(self, wants: Wants) -> Wants:
+        """Without the derived tensors, if the caller can make them."""
+        if not self.job.derives:
+            return wants
+        names = wants.layout.catalog.names
+        derived = np.array([is_derived(names[tensor]) for tensor in wants.tensor.tolist()], np.bool_)
+        self.left |= {names[tensor] for tensor in wants.tensor[derived].tolist()}
+        return Wants(wants.layout, wants.piece[~derived], wants.start[~derived], wants.stop[~derived], wants.opaque)
 
     def _exhausted(self, error: PlanError) -> PeerloadError:
         if not self.failures:
@@ -361,13 +377,16 @@ class _Run:
     def receipt(self, verdict: Verdict) -> Receipt:
         rank = self.job.member.rank
         proven = verdict.nbytes(State.PROVEN, rank)
-        needed = Wants.of(self.job.layout).nbytes
+        layout = self.job.layout
+        left = [row for row in layout.written.tolist() if layout.tensor_of(row).name in self.left]
+        needed = Wants.of(layout).nbytes - int(layout.piece_nbytes[left].sum())
         return Receipt(
             model=str(self.job.model), rank=rank, sources=dict(self.read_from), needed_nbytes=needed,
             wire_nbytes=self.wire_nbytes, operations=self.operations, attached_nbytes=self.attached_nbytes,
             seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
             verified_nbytes=proven, unverified_nbytes=needed - proven, reread_nbytes=self.reread_nbytes,
             staging_nbytes=self.staging_nbytes, digest=verdict.digest, digest_tensors=verdict.digest_tensors,
+            left=tuple(sorted(self.left)),
         )  # fmt: skip
 
 

@@ -157,6 +157,12 @@ class Catalog:
         return int((self.shape.prod(axis=1) * self.itemsize).sum())
 
 
+def is_derived(name: str) -> bool:
+    """Is it a logical tensor that no checkpoint holds, made of one by an engine's loader (`x.weight as F32`)? Its name has a
+    space, as no checkpoint's has."""
+    return " " in name
+
+
 class Piece(NamedTuple):
     """One row of `Pieces`, for people: `box` of tensor `tensor` (catalog row) lies in buffer `buffer` (layout row)
     from byte `offset`, index k of dimension d being `strides[d]` bytes further."""

@@ -19,7 +19,7 @@ import numpy as np
 from .choose import Cells, choose
 from .errors import Hole, PlanError, Refusal
 from .geometry import IntArray, first_overlap, pad_left, volumes
-from .manifest import Catalog, Layout, Offer, SourceId, frozen
+from .manifest import Catalog, Layout, Offer, SourceId, frozen, is_derived
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,8 @@ def _contradiction(ours: Layout, theirs: Layout) -> str:
     for spec in theirs.catalog:
         row = known.get(spec.name)
         if row is None:
-            if spec.name not in ours.ignored and spec.name not in theirs.ignored and tied.get(spec.name) not in known:
+            unused = spec.name in ours.ignored or spec.name in theirs.ignored or is_derived(spec.name)
+            if not unused and tied.get(spec.name) not in known:
                 return f"holds {spec.name}, which this target neither has nor ignores"
         elif ours.catalog.dtypes[row] != spec.dtype:
             return f"holds {spec.name} as {spec.dtype}, wanted is {ours.catalog.dtypes[row]}"

@@ -29,6 +29,7 @@ class Receipt:
     seconds: by phase (discover, plan, register, transfer, verify, commit), phases of zero length left out; wall_s: all of it.
     verified_nbytes + unverified_nbytes: the bytes received, proven by a seed's announcement or not.
     reread_nbytes: received wrong, and read again.
+    left: logical tensors that nobody held and that the engine has to derive from the checkpoint itself.
     digest: sum, modulo 2^61 - 1, of the digests of the `digest_tensors` logical tensors that the ranks of this instance hold
     whole between them: equal for equal weights whatever the parallel layout.
     """
@@ -48,6 +49,7 @@ class Receipt:
     staging_nbytes: int = 0
     digest: int = 0
     digest_tensors: int = 0
+    left: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
