@@ -1,0 +1,533 @@
+"""Small models of real architectures: configuration and tensors as published checkpoints have them, derived by rule.
+
+For tests that need an engine's own classes and loaders, not a model that answers well. A probe takes seconds, and every size
+divides as engines split it over up to four ranks: the vocabulary leaves padding on the last one, FP8 blocks and quantization
+groups of 128 end where a rank's part ends. `tests/unit/test_families.py` compares the unquantized catalogs with what
+transformers would save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+import torch
+
+from ..layout.trace import DTYPES
+from ..manifest import Catalog, TensorSpec
+
+#: The tensors of a linear layer's weight: (layer's name, output rows, input columns).
+Quantize: TypeAlias = Callable[[str, int, int], Iterator[TensorSpec]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the architectures have in common. `inter` is the width of a dense MLP, `wide` that of one expert."""
+
+    hidden: int = 256
+    inter: int = 512
+    heads: int = 8
+    kv_heads: int = 4
+    head: int = 32
+    vocab: int = 1000
+    layers: int = 2
+    experts: int = 8
+    wide: int = 128
+
+
+#: Blocks of 128 x 128 and groups of 128 have to end where a fourth of a matrix ends.
+_BLOCKS: Final = Sizes(head=128, wide=512)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """A model: `config` is its config.json, `tensors` are its checkpoint's, by name. `architecture` and `quantization` are
+    the words for people; `experts` counts routed ones, 0 for a dense model."""
+
+    name: str
+    architecture: str
+    config: Mapping[str, object]
+    tensors: tuple[TensorSpec, ...]
+    quantization: str = "bf16"
+    experts: int = 0
+    kv_heads: int = 4
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog.of(self.tensors)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def write_family(directory: str | Path, family: Family, seed: int = 0, *, weights: bool = True, shards: int = 1) -> Path:
+    """Write config.json, and with `weights` random tensors: the same for the same `seed`, finite, scales positive, so that the
+    engine can also run the model. More than one shard comes with its index. The directory is made; its path is returned."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(family.config, indent=1))
+    if not weights:
+        return directory
+    from safetensors.torch import save_file
+
+    random, files = torch.Generator().manual_seed(seed), {}
+    step = -(-len(family.tensors) // shards)
+    for shard in range(shards):
+        name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        tensors = {spec.name: values(spec, random) for spec in family.tensors[shard * step : (shard + 1) * step]}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
+    if shards > 1:
+        nbytes = sum(math.prod(spec.shape) * DTYPES[spec.dtype].itemsize for spec in family.tensors)
+        index = {"metadata": {"total_size": nbytes}, "weight_map": files}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def values(spec: TensorSpec, random: torch.Generator) -> torch.Tensor:
+    """Norms near 1, small biases, unit-variance embeddings; quantized integers and floats use their whole range, and their
+    scales are such that matrices about keep the variance of what they multiply, whatever their size."""
+    name, dtype, shape = spec
+    kind = DTYPES[dtype]
+    noise: torch.Tensor = torch.randn(shape, generator=random)
+    even = 0.5 + torch.rand(shape, generator=random)
+    if name.endswith("g_idx"):
+        return torch.arange(shape[0], dtype=kind) // 128
+    if name.endswith("qzeros"):
+        return torch.full(shape, 0x77777777, dtype=kind)  # zero is 8 in GPTQ, which stores one less, and 7 in AWQ
+    if dtype == "I32":
+        return torch.randint(-(2**31), 2**31 - 1, shape, generator=random, dtype=torch.int64).to(kind)
+    if dtype == "I8":
+        return torch.randint(-127, 128, shape, generator=random, dtype=kind)
+    if dtype == "F8_E4M3":
+        return (noise * 100).clamp(-448, 448).to(kind)
+    if name.endswith("input_scale"):
+        return (0.02 * even).to(kind)
+    if "scale" in name.rpartition(".")[2]:
+        return (0.0015 * even if dtype != "F16" else 0.02 * even).to(kind)
+    if name.endswith("A_log"):
+        return (even * 2).to(kind)
+    if "norm" in name or ".ln_" in name:
+        return ((0 if name.endswith("bias") else 1) + 0.1 * noise).to(kind)
+    if len(shape) < 2 or name.endswith("_bias"):
+        return (0.1 * noise).to(kind)
+    if any(word in name for word in ("embed", "wte", "wpe")):
+        return noise.to(kind)
+    return (noise * (1.5 / math.sqrt(shape[-1]))).to(kind)
+
+
+# How layers name their weights
+
+
+def _tensor(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
+
+
+def _bf16(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.weight", rows, cols)
+
+
+def _fp8_tensor(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
+    yield _tensor(f"{name}.weight_scale", dtype="F32")
+    yield _tensor(f"{name}.input_scale", dtype="F32")
+
+
+def _fp8_channel(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
+    yield _tensor(f"{name}.weight_scale", rows, 1)
+
+
+def _fp8_block(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
+    yield _tensor(f"{name}.weight_scale_inv", -(-rows // 128), -(-cols // 128), dtype="F32")
+
+
+def _w8a8(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.weight", rows, cols, dtype="I8")
+    yield _tensor(f"{name}.weight_scale", rows, 1)
+
+
+def _gptq(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.qweight", cols // 8, rows, dtype="I32")
+    yield _tensor(f"{name}.qzeros", cols // 128, rows // 8, dtype="I32")
+    yield _tensor(f"{name}.scales", cols // 128, rows, dtype="F16")
+    yield _tensor(f"{name}.g_idx", cols, dtype="I32")
+
+
+def _awq(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield _tensor(f"{name}.qweight", cols, rows // 8, dtype="I32")
+    yield _tensor(f"{name}.qzeros", cols // 128, rows // 8, dtype="I32")
+    yield _tensor(f"{name}.scales", cols // 128, rows, dtype="F16")
+
+
+def _compressed(kind: str) -> dict[str, object]:
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**common, "strategy": "channel", "dynamic": False},
+        "input_activations": {**common, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }  # fmt: skip
+
+
+def _quantizations(layers: int) -> dict[str, tuple[Quantize, dict[str, object]]]:
+    """By word: the rule, and config.json's `quantization_config`. Routers of experts are never quantized."""
+    routers = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": routers}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    return {
+        "fp8-tensor": (_fp8_tensor, {**fp8, "activation_scheme": "static"}),
+        "fp8-channel": (_fp8_channel, _compressed("float")),
+        "fp8-block": (_fp8_block, {**fp8, "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+        "w8a8": (_w8a8, _compressed("int")),
+        "gptq": (_gptq, gptq),
+        "awq": (_awq, {**awq, "modules_to_not_convert": ["gate"]}),
+    }
+
+
+def _biased(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
+    yield from _bf16(name, rows, cols)
+    yield _tensor(f"{name}.bias", rows)
+
+
+def _norms(names: Iterable[str], width: int, *, bias: bool = False) -> Iterator[TensorSpec]:
+    for name in names:
+        yield _tensor(f"{name}.weight", width)
+        if bias:
+            yield _tensor(f"{name}.bias", width)
+
+
+def _attention(s: Sizes, quantize: Quantize, *, qkv: Quantize | None = None, gated: bool = False) -> Iterator[TensorSpec]:
+    """Grouped-query attention of a layer; `gated`: the query projection makes a gate as well."""
+    first, rows = qkv or quantize, s.heads * s.head
+    yield from first("self_attn.q_proj", rows * (1 + gated), s.hidden)
+    yield from first("self_attn.k_proj", s.kv_heads * s.head, s.hidden)
+    yield from first("self_attn.v_proj", s.kv_heads * s.head, s.hidden)
+    yield from quantize("self_attn.o_proj", s.hidden, rows)
+
+
+def _latent_attention(s: Sizes, *, q_lora: int = 0) -> Iterator[TensorSpec]:
+    """DeepSeek's MLA: heads of 32 + 32 query and 32 value elements out of a latent of 64."""
+    if q_lora:
+        yield from _bf16("self_attn.q_a_proj", q_lora, s.hidden)
+        yield from _norms(["self_attn.q_a_layernorm"], q_lora)
+    yield from _bf16("self_attn.q_b_proj" if q_lora else "self_attn.q_proj", s.heads * 64, q_lora or s.hidden)
+    yield from _bf16("self_attn.kv_a_proj_with_mqa", 64 + 32, s.hidden)
+    yield from _norms(["self_attn.kv_a_layernorm"], 64)
+    yield from _bf16("self_attn.kv_b_proj", s.heads * 64, 64)
+    yield from _bf16("self_attn.o_proj", s.hidden, s.heads * 32)
+
+
+def _linear_attention(s: Sizes) -> Iterator[TensorSpec]:
+    """Qwen3-Next's gated delta net: half as many key heads as value heads, a convolution over queries, keys and values."""
+    keys, rows = s.heads // 2 * s.head, s.heads * s.head
+    yield from _bf16("linear_attn.in_proj_qkvz", 2 * keys + 2 * rows, s.hidden)
+    yield from _bf16("linear_attn.in_proj_ba", 2 * s.heads, s.hidden)
+    yield _tensor("linear_attn.conv1d.weight", 2 * keys + rows, 1, 4)
+    yield from (_tensor(f"linear_attn.{name}", s.heads) for name in ("A_log", "dt_bias"))
+    yield from _norms(["linear_attn.norm"], s.head)
+    yield from _bf16("linear_attn.out_proj", s.hidden, rows)
+
+
+def _mlp(name: str, s: Sizes, wide: int, quantize: Quantize) -> Iterator[TensorSpec]:
+    yield from quantize(f"{name}.gate_proj", wide, s.hidden)
+    yield from quantize(f"{name}.up_proj", wide, s.hidden)
+    yield from quantize(f"{name}.down_proj", s.hidden, wide)
+
+
+def _experts(name: str, s: Sizes, quantize: Quantize) -> Iterator[TensorSpec]:
+    """A router and its experts, one by one."""
+    yield from _bf16(f"{name}.gate", s.experts, s.hidden)
+    for expert in range(s.experts):
+        yield from _mlp(f"{name}.experts.{expert}", s, s.wide, quantize)
+
+
+def _stacked_experts(name: str, s: Sizes) -> Iterator[TensorSpec]:
+    """All experts in one tensor, gate and up side by side, matrices as [in, out]."""
+    yield _tensor(f"{name}.gate_up_proj", s.experts, s.hidden, 2 * s.wide)
+    yield _tensor(f"{name}.down_proj", s.experts, s.wide, s.hidden)
+
+
+_TWO_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A decoder: the tensors of each layer, relative to `prefix`, and those outside the layers."""
+
+    layers: Sequence[Sequence[TensorSpec]]
+    outside: Sequence[TensorSpec] = field(default=())
+    prefix: str = "model.layers"
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        inside = [t._replace(name=f"{self.prefix}.{i}.{t.name}") for i, layer in enumerate(self.layers) for t in layer]
+        return tuple(sorted([*inside, *self.outside]))
+
+
+def _decoder(s: Sizes, *layers: Iterable[TensorSpec], tied: bool = False, norms: Sequence[str] = _TWO_NORMS) -> _Shape:
+    """With the names that most architectures share."""
+    rows = [(*layer, *_norms(norms, s.hidden)) for layer in layers]
+    embed, head = _tensor("model.embed_tokens.weight", s.vocab, s.hidden), _tensor("lm_head.weight", s.vocab, s.hidden)
+    outside = [embed, *_norms(["model.norm"], s.hidden)]
+    return _Shape(rows, outside if tied else [*outside, head])
+
+
+def _config(s: Sizes, kind: str, architecture: str, **more: object) -> dict[str, object]:
+    """A config.json with the keys that most architectures share."""
+    return {
+        "architectures": [architecture], "model_type": kind, "torch_dtype": "bfloat16",
+        "hidden_size": s.hidden, "intermediate_size": s.inter, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads, "head_dim": s.head, "vocab_size": s.vocab, "max_position_embeddings": 512,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **more,
+    }  # fmt: skip
+
+
+def _llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: bool = False) -> Family:
+    quantize, asked = _quantizations(s.layers).get(quantization, (_bf16, None))
+    config = _config(s, "llama", "LlamaForCausalLM", tie_word_embeddings=tied, **_asking(asked))
+    layers = [[*_attention(s, quantize), *_mlp("mlp", s, s.inter, quantize)] for _ in range(s.layers)]
+    tensors = _decoder(s, *layers, tied=tied).tensors()
+    return Family(name, "Llama", config, tensors, quantization, kv_heads=s.kv_heads)
+
+
+def _qwen3_moe(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16") -> Family:
+    quantize, asked = _quantizations(s.layers).get(quantization, (_bf16, None))
+    config = _config(
+        s, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=s.experts, num_experts_per_tok=2, moe_intermediate_size=s.wide,
+        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, **_asking(asked),
+    )  # fmt: skip
+    norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    layers = [[*_attention(s, quantize), *norms, *_experts("mlp", s, quantize)] for _ in range(s.layers)]
+    return Family(name, "Qwen3-MoE", config, _decoder(s, *layers).tensors(), quantization, s.experts, s.kv_heads)
+
+
+def _asking(quantization: dict[str, object] | None) -> dict[str, object]:
+    """GPTQ and AWQ kernels want their activations in FP16 like their scales."""
+    if quantization is None:
+        return {}
+    half = quantization["quant_method"] in ("gptq", "awq")
+    return {"quantization_config": quantization, **({"torch_dtype": "float16"} if half else {})}
+
+
+def _dense(s: Sizes) -> Iterator[Family]:
+    """Decoders without experts, with the names that most share."""
+    qk_norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    mlp, plain = list(_mlp("mlp", s, s.inter, _bf16)), list(_attention(s, _bf16))
+    four = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+    def family(name: str, architecture: str, kind: str, layer: list[TensorSpec], norms: Sequence[str] = _TWO_NORMS) -> Family:
+        tied = kind.startswith("gemma")
+        more = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": s.head} if tied else {}
+        config = _config(s, kind, _CLASSES[kind], tie_word_embeddings=tied, **more)
+        tensors = _decoder(s, *[layer] * s.layers, tied=tied, norms=norms).tensors()
+        return Family(name, architecture, config, tensors, kv_heads=s.kv_heads)
+
+    yield family("qwen2", "Qwen2", "qwen2", [*_attention(s, _bf16, qkv=_biased), *mlp])
+    yield family("qwen3", "Qwen3", "qwen3", [*plain, *qk_norms, *mlp])
+    fused = (s.heads + 2 * s.kv_heads) * s.head
+    phi3 = [*_bf16("self_attn.qkv_proj", fused, s.hidden), *_bf16("self_attn.o_proj", s.hidden, s.heads * s.head)]
+    phi3 += [*_bf16("mlp.gate_up_proj", 2 * s.inter, s.hidden), *_bf16("mlp.down_proj", s.hidden, s.inter)]
+    yield family("phi3", "Phi-3", "phi3", phi3)
+    yield family("gemma2", "Gemma-2", "gemma2", [*plain, *mlp], four)
+    yield family("gemma3", "Gemma-3", "gemma3_text", [*plain, *qk_norms, *mlp], four)
+
+
+_CLASSES: Final = {
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}  # fmt: skip
+
+
+def _older(s: Sizes) -> Iterator[Family]:
+    """Architectures from before Llama, each with names of its own."""
+    common = {"torch_dtype": "bfloat16", "vocab_size": s.vocab, "bos_token_id": 0, "eos_token_id": 1}
+    config: dict[str, object] = {
+        **common, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": s.hidden, "n_layer": s.layers,
+        "n_head": s.heads, "n_positions": 512,
+    }  # fmt: skip
+    layer = list(_norms(["ln_1", "ln_2"], s.hidden, bias=True))
+    for name, rows, cols in (
+        ("attn.c_attn", s.hidden, 3 * s.hidden), ("attn.c_proj", s.hidden, s.hidden),
+        ("mlp.c_fc", s.hidden, 4 * s.hidden), ("mlp.c_proj", 4 * s.hidden, s.hidden),
+    ):  # fmt: skip
+        layer += [_tensor(f"{name}.weight", rows, cols), _tensor(f"{name}.bias", cols)]
+    outside = [_tensor("transformer.wte.weight", s.vocab, s.hidden), _tensor("transformer.wpe.weight", 512, s.hidden)]
+    outside += _norms(["transformer.ln_f"], s.hidden, bias=True)
+    yield Family("gpt2", "GPT-2", config, _Shape([layer] * s.layers, outside, "transformer.h").tensors(), kv_heads=s.heads)
+
+    config = {
+        **common, "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": s.hidden, "ffn_dim": s.inter,
+        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "word_embed_proj_dim": s.hidden,
+        "max_position_embeddings": 512, "pad_token_id": 1, "do_layer_norm_before": True,
+    }  # fmt: skip
+    layer = [t for x in ("q", "k", "v", "out") for t in _biased(f"self_attn.{x}_proj", s.hidden, s.hidden)]
+    layer += [*_biased("fc1", s.inter, s.hidden), *_biased("fc2", s.hidden, s.inter)]
+    layer += _norms(["self_attn_layer_norm", "final_layer_norm"], s.hidden, bias=True)
+    outside = [_tensor("model.decoder.embed_tokens.weight", s.vocab, s.hidden)]
+    outside += [_tensor("model.decoder.embed_positions.weight", 514, s.hidden)]
+    outside += _norms(["model.decoder.final_layer_norm"], s.hidden, bias=True)
+    yield Family("opt", "OPT", config, _Shape([layer] * s.layers, outside, "model.decoder.layers").tensors(), kv_heads=s.heads)
+
+    config = {
+        **common, "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_size": s.hidden,
+        "intermediate_size": s.inter, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "max_position_embeddings": 512, "tie_word_embeddings": False,
+    }  # fmt: skip
+    layer = [*_biased("attention.query_key_value", 3 * s.hidden, s.hidden), *_biased("attention.dense", s.hidden, s.hidden)]
+    layer += [*_biased("mlp.dense_h_to_4h", s.inter, s.hidden), *_biased("mlp.dense_4h_to_h", s.hidden, s.inter)]
+    layer += _norms(_TWO_NORMS, s.hidden, bias=True)
+    outside = [_tensor(name, s.vocab, s.hidden) for name in ("gpt_neox.embed_in.weight", "embed_out.weight")]
+    outside += _norms(["gpt_neox.final_layer_norm"], s.hidden, bias=True)
+    tensors = _Shape([layer] * s.layers, outside, "gpt_neox.layers").tensors()
+    yield Family("gpt-neox", "GPT-NeoX", config, tensors, kv_heads=s.heads)
+
+    config = {
+        **common, "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": s.hidden,
+        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_kv_heads": s.kv_heads,
+        "new_decoder_architecture": True, "bias": False, "parallel_attn": True, "multi_query": True, "alibi": False,
+    }  # fmt: skip
+    layer = [*_bf16("self_attention.query_key_value", (s.heads + 2 * s.kv_heads) * s.head, s.hidden)]
+    layer += _bf16("self_attention.dense", s.hidden, s.hidden)
+    layer += [*_bf16("mlp.dense_h_to_4h", 4 * s.hidden, s.hidden), *_bf16("mlp.dense_4h_to_h", s.hidden, 4 * s.hidden)]
+    layer += _norms(["ln_attn", "ln_mlp"], s.hidden, bias=True)
+    outside = [_tensor("transformer.word_embeddings.weight", s.vocab, s.hidden)]
+    outside += _norms(["transformer.ln_f"], s.hidden, bias=True)
+    tensors = _Shape([layer] * s.layers, outside, "transformer.h").tensors()
+    yield Family("falcon", "Falcon", config, tensors, kv_heads=s.kv_heads)
+
+
+def _sparse(s: Sizes) -> Iterator[Family]:
+    """Decoders with experts."""
+    attention, counts = list(_attention(s, _bf16)), {"num_experts": s.experts, "num_experts_per_tok": 2}
+
+    def family(name: str, architecture: str, config: dict[str, object], *layers: list[TensorSpec]) -> Family:
+        return Family(name, architecture, config, _decoder(s, *layers).tensors(), experts=s.experts, kv_heads=s.kv_heads)
+
+    mixtral = [*attention, *_bf16("block_sparse_moe.gate", s.experts, s.hidden)]
+    for expert in range(s.experts):
+        for w, rows, cols in (("w1", s.inter, s.hidden), ("w2", s.hidden, s.inter), ("w3", s.inter, s.hidden)):
+            mixtral += _bf16(f"block_sparse_moe.experts.{expert}.{w}", rows, cols)
+    config = _config(s, "mixtral", "MixtralForCausalLM", num_local_experts=s.experts, num_experts_per_tok=2)
+    yield family("mixtral", "Mixtral", config, *[mixtral] * s.layers)
+
+    shared = [*_mlp("mlp.shared_expert", s, 256, _bf16), *_bf16("mlp.shared_expert_gate", 1, s.hidden)]
+    experts = list(_experts("mlp", s, _bf16))
+    config = _config(
+        s, "qwen2_moe", "Qwen2MoeForCausalLM", **counts, moe_intermediate_size=s.wide, shared_expert_intermediate_size=256,
+        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=False,
+    )  # fmt: skip
+    layer = [*_attention(s, _bf16, qkv=_biased), *experts, *shared]
+    yield family("qwen2-moe", "Qwen2-MoE", config, *[layer] * s.layers)
+
+    wide = replace(s, wide=s.inter)
+    norms = [*_norms(["self_attn.q_norm"], s.heads * s.head), *_norms(["self_attn.k_norm"], s.kv_heads * s.head)]
+    config = _config(s, "olmoe", "OlmoeForCausalLM", **counts, norm_topk_prob=False)
+    yield family("olmoe", "OLMoE", config, *[[*attention, *norms, *_experts("mlp", wide, _bf16)]] * s.layers)
+
+    half = replace(s, experts=4)
+    config = _config(
+        half, "qwen3_next", "Qwen3NextForCausalLM", **{**counts, "num_experts": 4}, moe_intermediate_size=s.wide,
+        shared_expert_intermediate_size=s.wide, linear_num_value_heads=s.heads, linear_num_key_heads=s.heads // 2,
+        linear_key_head_dim=s.head, linear_value_head_dim=s.head, linear_conv_kernel_dim=4, decoder_sparse_step=1,
+        mlp_only_layers=[], norm_topk_prob=True, partial_rotary_factor=0.25, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    moe = [*_experts("mlp", half, _bf16), *_mlp("mlp.shared_expert", s, s.wide, _bf16)]
+    moe += _bf16("mlp.shared_expert_gate", 1, s.hidden)
+    full = [*_attention(s, _bf16, gated=True), *norms, *moe]
+    tensors = _decoder(half, [*_linear_attention(s), *moe], full).tensors()
+    yield Family("qwen3-next", "Qwen3-Next", config, tensors, experts=4, kv_heads=s.kv_heads)
+
+
+def _shared_experts(s: Sizes) -> Iterator[Family]:
+    """DeepSeek and those after it: the first layer dense, then routed and shared experts."""
+    routed = {
+        "moe_intermediate_size": s.wide, "n_routed_experts": s.experts, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+    }  # fmt: skip
+    latent = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_layer_freq": 1}
+    mlp = list(_mlp("mlp", s, s.inter, _bf16))
+    moe = [*_experts("mlp", s, _bf16), *_mlp("mlp.shared_experts", s, s.wide, _bf16)]
+    all_heads = replace(s, kv_heads=s.heads)
+
+    config = _config(
+        all_heads, "deepseek_v2", "DeepseekV2ForCausalLM", **routed, **latent, q_lora_rank=None, topk_method="greedy",
+        scoring_func="softmax", norm_topk_prob=False,
+    )  # fmt: skip
+    del config["head_dim"]
+    attention = list(_latent_attention(s))
+    tensors = _decoder(s, [*attention, *mlp], [*attention, *moe]).tensors()
+    yield Family("deepseek-v2", "DeepSeek-V2", config, tensors, experts=s.experts, kv_heads=s.heads)
+
+    config = _config(
+        all_heads, "deepseek_v3", "DeepseekV3ForCausalLM", **routed, **latent, q_lora_rank=64, topk_method="noaux_tc",
+        scoring_func="sigmoid", norm_topk_prob=True,
+    )  # fmt: skip
+    del config["head_dim"]
+    attention = list(_latent_attention(s, q_lora=64))
+    correction = [_tensor("mlp.gate.e_score_correction_bias", s.experts)]
+    tensors = _decoder(s, [*attention, *mlp], [*attention, *moe, *correction]).tensors()
+    yield Family("deepseek-v3", "DeepSeek-V3", config, tensors, experts=s.experts, kv_heads=s.heads)
+
+    config = _config(s, "glm4_moe", "Glm4MoeForCausalLM", **routed, use_qk_norm=False, norm_topk_prob=True)
+    attention = list(_attention(s, _bf16))
+    correction = [_tensor("mlp.gate.e_score_correction_bias", s.experts, dtype="F32")]
+    tensors = _decoder(s, [*attention, *mlp], [*attention, *moe, *correction]).tensors()
+    yield Family("glm4-moe", "GLM-4-MoE", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
+
+
+def _stacked(s: Sizes) -> Iterator[Family]:
+    """Architectures whose checkpoints hold all experts of a layer in one tensor."""
+    s = replace(s, experts=4, wide=512)
+    config = _config(
+        s, "gpt_oss", "GptOssForCausalLM", num_local_experts=s.experts, num_experts_per_tok=2, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"], attention_bias=True,
+    )  # fmt: skip
+    layer = [*_attention(s, _biased), _tensor("self_attn.sinks", s.heads), *_biased("mlp.router", s.experts, s.hidden)]
+    layer += _stacked_experts("mlp.experts", s)
+    layer += [_tensor("mlp.experts.gate_up_proj_bias", s.experts, 2 * s.wide)]
+    layer += [_tensor("mlp.experts.down_proj_bias", s.experts, s.hidden)]
+    tensors = _decoder(s, *[layer] * s.layers).tensors()
+    yield Family("gpt-oss", "gpt-oss", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
+
+    config = _config(
+        s, "llama4_text", "Llama4ForCausalLM", num_local_experts=s.experts, num_experts_per_tok=1,
+        intermediate_size_mlp=s.inter, interleave_moe_layer_step=1, use_qk_norm=False,
+    )  # fmt: skip
+    layer = [*_attention(s, _bf16), *_bf16("feed_forward.router", s.experts, s.hidden)]
+    layer += [*_mlp("feed_forward.shared_expert", s, s.inter, _bf16), *_stacked_experts("feed_forward.experts", s)]
+    tensors = _decoder(s, *[layer] * s.layers).tensors()
+    yield Family("llama4", "Llama-4 text", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
+
+
+def _all() -> Iterator[Family]:
+    s, two = Sizes(), Sizes(kv_heads=2)
+    yield _llama("llama")
+    yield _llama("llama-tied", tied=True)
+    yield _llama("llama-kv2", two)
+    yield from _dense(s)
+    yield from _older(s)
+    yield _qwen3_moe("qwen3-moe")
+    yield _qwen3_moe("qwen3-moe-kv2", two)
+    yield from _sparse(s)
+    yield from _shared_experts(s)
+    yield from _stacked(s)
+    for word in _quantizations(s.layers):
+        yield _llama(f"llama-{word}", _BLOCKS, quantization=word)
+        yield _qwen3_moe(f"qwen3-moe-{word}", _BLOCKS, quantization=word)
+    yield _llama("llama-kv2-fp8-block", replace(_BLOCKS, kv_heads=2), quantization="fp8-block")
+
+
+#: By name.
+FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({family.name: family for family in _all()})
