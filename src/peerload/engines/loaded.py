@@ -26,8 +26,8 @@ FREED = "freed by post-processing"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offered:
-    """What a seed can give: `layout`, its buffers at `address`. memory: bytes of each buffer, which keep it alive. copies: how many
-    of the buffers are copies taken before post-processing. lost: reason by parameter that is not offered."""
+    """What a seed can give: `layout`, its buffers at `address`. memory: bytes of each buffer, which keep it alive. copies:
+    how many of the buffers, the last ones, are copies taken before post-processing. lost: reason by parameter not offered."""
 
     layout: Layout
     address: IntArray

@@ -1,0 +1,102 @@
+"""`--load-format peerload`: vLLM's own model, loader and post-processing, with the bytes from peers."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import socket
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import vllm
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ..config import Config
+from ..errors import ConfigError, LayoutError
+from ..manifest import Parallel
+from .worker import Identity, Worker
+
+
+class PeerloadLoader(BaseModelLoader):
+    """One for each model that a vLLM worker loads (a draft model has its own)."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        told = load_config.model_loader_extra_config or {}
+        if not isinstance(told, dict):
+            raise ConfigError(f"model_loader_extra_config is a {type(told).__name__}, must be one JSON object")
+        self._config = Config.from_mapping(told) if told else Config.load()
+        self._disk = DefaultModelLoader(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
+        self._whole: VllmConfig | None = None
+        self._worker: Worker | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        self._disk.download_model(model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Build, load, post-process, then serve others until the process ends."""
+        self._whole = vllm_config
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        assert self._worker is not None, "load_model calls load_weights"
+        self._worker.serve(model)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        if self._whole is None:  # vLLM loads new weights into a model that is there, and says no more
+            self._disk.load_weights(model, model_config)
+            return
+
+        def load_all(model: nn.Module) -> None:
+            self._disk.load_weights(model, model_config)
+
+        traced = False
+
+        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
+            nonlocal traced
+            if not traced:
+                _refuse_unfollowable(model)
+            loaded = model.load_weights(weights)
+            if not traced and model_config.quantization is None and loaded is not None:
+                self._disk.track_weights_loading(model, loaded)  # vLLM's own check that no parameter was forgotten
+            traced = True
+            return loaded
+
+        self._worker = Worker(
+            identity(self._whole, model_config),
+            self._config,
+            Path(model_config.model),
+            load_weights=load_weights,
+            load_all=load_all,
+        )
+        atexit.register(self._worker.close)
+        self._worker.load(model)
+
+
+def identity(whole: VllmConfig, model_config: ModelConfig) -> Identity:
+    """This worker among all that share its world. A collective call."""
+    group = get_world_group()
+    told = (f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex)
+    if group.world_size > 1:
+        told = group.broadcast_object(told, src=0)
+    instance, launch = told
+    if model_config is not whole.model_config:  # a draft model, beside the main one
+        instance, launch = f"{instance}-draft", f"{launch}-draft"
+    sizes = whole.parallel_config
+    tp, pp = sizes.tensor_parallel_size, sizes.pipeline_parallel_size
+    ep = tp * sizes.data_parallel_size if sizes.enable_expert_parallel else 1
+    parallel = Parallel(tp=tp, pp=pp, ep=ep)
+    return Identity(f"vllm {vllm.__version__}", instance, launch, parallel, group.rank_in_group, group.world_size)
+
+
+def _refuse_unfollowable(model: nn.Module) -> None:
+    """Raise LayoutError for what vLLM makes while loading in a way that no trace sees."""
+    if any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules()):
+        raise LayoutError(f"{type(model).__name__}: it is quantized while it is loaded, its weights aren't the checkpoint's")
+    if list(getattr(model, "secondary_weights", ())):
+        raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")

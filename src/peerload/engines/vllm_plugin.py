@@ -1,0 +1,26 @@
+"""vLLM's plug-in (entry point `vllm.general_plugins`): makes `--load-format peerload` known.
+
+    vllm serve MODEL --load-format peerload --model-loader-extra-config '{"url": "coordinator:7070"}'
+
+The JSON is peerload's one configuration (`docs/config.md`); without it, `$PEERLOAD_CONFIG` is. Every instance is started in the
+same way: it loads from running ones or from disk, then is a seed itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+
+@cache
+def register() -> None:
+    """VLLM calls it in each of its processes, maybe several times."""
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .vllm_loader import PeerloadLoader
+
+    register_model_loader("peerload")(PeerloadLoader)
+    ours, theirs = logging.getLogger("peerload"), logging.getLogger("vllm")
+    if not ours.handlers:  # peerload's lines look like vLLM's and go where they go
+        ours.handlers, ours.propagate = theirs.handlers, False
+        ours.setLevel(theirs.getEffectiveLevel())
