@@ -92,7 +92,8 @@ class Worker:
         layout = traced.layout
         log.info(
             "%s: %d bytes of %d parameters are %d pieces of %d checkpoint tensors (traced in %.2f s)", self._identity,
-            layout.buffer_nbytes.sum(), len(layout.buffer_names), len(layout.pieces), len(np.unique(layout.pieces.tensor)), traced_s,
+            layout.buffer_nbytes.sum(), len(layout.buffer_names), len(layout.pieces), len(np.unique(layout.pieces.tensor)),
+            traced_s,
         )  # fmt: skip
         key = checkpoint.key(self._config.model_name, self._config.revision)
         receipt = self._fill(key, checkpoint, traced)
@@ -154,8 +155,10 @@ class Worker:
         """Whether the engine's own load is an answer to `error`. All ranks come to the same conclusion by themselves."""
         if self._config.fallback != "disk":
             raise error
-        log.warning("%s: %s; %s loads everything from disk, and this instance won't be a seed", self._identity, error.message,
-                    self._identity.engine)  # fmt: skip
+        log.warning(
+            "%s: %s; %s loads everything from disk, and this instance won't be a seed", self._identity, error.message,
+            self._identity.engine,
+        )  # fmt: skip
 
     def _fill(self, key: ModelKey, checkpoint: Checkpoint, traced: Traced) -> Receipt:
         who, config = self._identity, self._config
@@ -174,8 +177,10 @@ class Worker:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
         derived = [traced.derived[name] for name in names]
         wanted = sorted({name for d in derived for name in d.covers})
-        log.info("%s: %d derived tensors that no seed has (%s: %s) are made by %s from %d checkpoint tensors on disk",
-                 self._identity, len(derived), derived[0].parameter, derived[0].reason, self._identity.engine, len(wanted))  # fmt: skip
+        log.info(
+            "%s: %d derived tensors that no seed has (%s: %s) are made by %s from %d checkpoint tensors on disk", self._identity,
+            len(derived), derived[0].parameter, derived[0].reason, self._identity.engine, len(wanted),
+        )  # fmt: skip
         self._load_weights(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
