@@ -193,8 +193,9 @@ def test_models_that_are_refused() -> None:
         layout_for(config(model_type="martian"), Parallel())
     with pytest.raises(ConfigError, match="architectures names MartianForCausalLM"):
         layout_for(config(architectures=["MartianForCausalLM"]), Parallel())
-    with pytest.raises(LayoutError, match="quantization_config"):
-        layout_for(config(quantization_config={"quant_method": "fp8"}), Parallel())
+    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "martian"):
+        with pytest.raises(LayoutError, match=f"quantization_config: quantizer {method} can't be used here: "):
+            layout_for(config(quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True}), Parallel())
     with pytest.raises(ConfigError, match="rank 2 is not below 2"):
         layout_for(config(), Parallel(2), 2)
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError
 from ..layout.trace import DTYPE_NAMES
 from ..manifest import Catalog, TensorSpec
 from .checkpoint import ModelFiles
+from .quantized import kept, quantizer_of
 
 
 def config_of(files: ModelFiles) -> PreTrainedConfig:
@@ -30,8 +32,6 @@ def config_of(files: ModelFiles) -> PreTrainedConfig:
             f"config.json: model_type {kind!r} is unknown to transformers {transformers.__version__}",
             next_step="install a transformers that has it; models that bring their own code are not supported",
         )
-    if values.get("quantization_config"):
-        raise LayoutError("config.json: quantization_config: transformers' quantizers rewrite weights while loading them")
     return CONFIG_MAPPING[kind].from_dict(values)
 
 
@@ -54,10 +54,14 @@ def catalog_of(files: ModelFiles) -> Catalog:
     weight conversions undone (experts one by one, not stacked) and tied names left out; by name. Needs no weights."""
     config = config_of(files)
     kind = class_of(config)
-    with quiet():
+    with quiet(), kept():
         config.dtype = config.dtype or torch.float32
+        quantizer = quantizer_of(files)
         with torch.device("meta"):
             model = kind._from_config(config, dtype=config.dtype)
+        if quantizer is not None:
+            quantizer.preprocess_model(model, dtype=config.dtype, device_map=None, checkpoint_files=None)
+            model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer, add_legacy=False)
         state: dict[str, torch.Tensor] = model.state_dict()
         dropped = {*model.get_expanded_tied_weights_keys(all_submodels=True), *(model._keys_to_ignore_on_save or ())}
         state = revert_weight_conversion(model, {name: t for name, t in state.items() if name not in dropped})

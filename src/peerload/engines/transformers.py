@@ -28,11 +28,14 @@ from transformers.distributed import DistributedConfig
 
 from ..errors import ConfigError, HostError, LayoutError
 from ..geometry import IntArray
-from ..layout.trace import DTYPES, Allocate, Recorder, layout_of, on_meta
+from ..layout.strided import View
+from ..layout.trace import DTYPES, Allocate, Recorder, layout_of, on_meta, view_of
 from ..manifest import Catalog, Layout, Parallel, TensorSpec
 from ..memory import Arena
 from .architecture import catalog_of, class_of, config_of, generation_config, quiet
 from .checkpoint import ModelFiles
+from .declared import Whole
+from .quantized import kept, method_of, quantizer_of
 
 UNSPLIT: Final = Parallel()
 
@@ -54,13 +57,27 @@ def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0
     """What rank `rank` (tensor-parallel rank fastest) of `parallel` holds. Needs no weights and no peers, and an
     accelerator only as far as transformers binds to the first one it sees.
 
-    `catalog`: the checkpoint's tensors; None: those that transformers would save. Not thread-safe (it makes and destroys
-    the process's group). Raises LayoutError for what the engine does that can't be described, ConfigError for a model or
-    a split that transformers doesn't have, HostError in a process that already has a process group."""
+    `catalog`: the checkpoint's tensors; None: those that transformers would save. Quantized models are as on a device that
+    has kernels for them. Not thread-safe (it makes and destroys the process's group). Raises LayoutError for what the engine
+    does that can't be described, ConfigError for a model or a split that transformers doesn't have, HostError in a process
+    that already has a process group."""
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
-    with _impersonated(rank, parallel.tp * parallel.pp), quiet():
+    with _impersonated(rank, parallel.tp * parallel.pp), quiet(), kept():
         return _load(files, catalog, parallel, rank, on_meta)[1]
+
+
+def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel] | None = None, *, keep: bool = True) -> Whole:
+    """What a process that isn't split holds, for `declared.declare`. Needs no weights, and minds no process group.
+
+    kind: the model's class (default: as config.json says). keep: quantized weights are kept, not dequantized. Raises
+    LayoutError and ConfigError as `layout_for` does."""
+    with quiet(), kept(keep):
+        _, layout, local = _load(files, catalog, UNSPLIT, 0, on_meta, kind)
+    first: dict[tuple[int, View], str] = {}
+    home = {name: first.setdefault((t.untyped_storage()._cdata, view_of(t)), name) for name, t in local.items() if t.numel()}
+    views = {name: View(0, tuple(local[name].shape), tuple(local[name].stride())) for name in layout.buffer_names}
+    return Whole(layout, views, home)
 
 
 def open_model(
@@ -146,11 +163,17 @@ class _Slices:
 
 
 def _load(
-    files: ModelFiles, catalog: Catalog, parallel: Parallel, rank: int, allocate: Allocate
+    files: ModelFiles,
+    catalog: Catalog,
+    parallel: Parallel,
+    rank: int,
+    allocate: Allocate,
+    kind: type[PreTrainedModel] | None = None,
 ) -> tuple[PreTrainedModel, Layout, dict[str, Tensor]]:
     """The engine's own load on tensors out of `allocate`: (model, layout, this rank's loaded tensors by name)."""
     config = config_of(files)
-    kind, recorder = class_of(config), Recorder(allocate)
+    quantizer_of(files)  # refuses what can't be loaded here at all
+    kind, recorder = kind or class_of(config), Recorder(allocate)
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
         # A recorder sees its own thread only.
@@ -161,8 +184,9 @@ def _load(
             )  # fmt: skip
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if recorder.refusals:
-            raise recorder.refusals[0] from error
-        problem, next_step = f"{kind.__name__} at {parallel}: transformers fails: {error!r}", ""
+            raise _blamed(recorder.refusals[0], files) from error
+        quantizer = f" with quantizer {method}" if (method := method_of(files)) else ""
+        problem, next_step = f"{kind.__name__} at {parallel}{quantizer}: transformers fails: {error!r}", ""
         if parallel.tp > 1 and parallel.pp > 1 and isinstance(error, KeyError):
             # Seen in 5.23: its tensor-parallel plan is applied to every layer's name after the other stages' layers are gone.
             problem += " (it can't split the layers of a pipeline stage by tensor parallelism)"
@@ -173,6 +197,17 @@ def _load(
     reason = f"unknown to {kind.__name__}"
     ignored = {name: reason for name in report["unexpected_keys"] if name in catalog.row}
     return model, layout_of(recorder, local, catalog, parallel=parallel, rank=rank, ignored=ignored), local
+
+
+def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
+    """The refusal, with the quantizer named that is likely to be behind it."""
+    method = method_of(files)
+    if not method:
+        return refusal
+    return LayoutError(
+        f"quantizer {method} computes weights while it loads them: {refusal.message}",
+        next_step="use a device that has kernels for it, or let the engine load this model itself",
+    )
 
 
 def _settle(layout: Layout, local: Mapping[str, Tensor], make: Callable[[int], Arena]) -> Arena:
