@@ -72,9 +72,9 @@ class Seen:
     kind: `copy` (checkpoint elements, perhaps among constants; cast ones included), `constant` (the same whatever the
     checkpoint says), `opaque` (some values are computed), `unwritten` (as the constructor left it), `empty`. reason: in words.
     ids: one number (of `Probed.numbering`) for each unit in memory order, or UNWRITTEN, CONSTANT, COMPUTED. split: units in
-    an element. offset: [elements] where they lie, in elements from the first one, ascending; None when they lie side by side.
-    casts: checkpoint tensors whose values were cast. last: the elements' bit patterns in the last pass; made: those the
-    constructor left, None for what is no parameter. shares: the name of an earlier tensor that is the very same memory.
+    an element; itemsize: its bytes. offset: [elements] where they lie, in elements from the first one, ascending; None when
+    side by side. casts: checkpoint tensors whose values were cast. last: the elements' bit patterns in the last pass; made:
+    those the constructor left, None for what is no parameter. shares: an earlier tensor's name that is the very same memory.
     """
 
     kind: str
@@ -84,6 +84,7 @@ class Seen:
     stride: tuple[int, ...]
     ids: IntArray
     split: int
+    itemsize: int
     offset: IntArray | None
     casts: frozenset[str]
     last: Patterns
@@ -93,6 +94,11 @@ class Seen:
     @property
     def numel(self) -> int:
         return len(self.ids) // self.split
+
+    @property
+    def where(self) -> IntArray:
+        """[elements]: offsets from the first one, in elements."""
+        return np.arange(self.numel, dtype=np.int64) if self.offset is None else self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +146,7 @@ def probe(
     began_s = time.perf_counter()
     numbering = Numbering(catalog, bits, frozenset(catalog.row[name] for name in fixed))
     codes = _codes(numbering)
-    digits = digit_passes(int(numbering.start[-1]), {name: code for name, code in codes.items() if name})
+    digits = digit_passes(int(numbering.start[-1]), codes)
     seen: list[dict[str, _Read]] = []
     made: dict[str, Patterns] = {}
     for number in range(digits + RANDOM_PASSES):
@@ -321,8 +327,8 @@ class _Decoder:
         def result(kind: str, reason: str, ids: IntArray, casts: Iterable[str] = ()) -> Seen:
             kept = made if made is not None and len(made) == n else None
             return Seen(
-                kind, reason, dtype, last.shape, last.stride, ids, split, last.offset, frozenset(casts), last.patterns, kept,
-                last.shares,
+                kind, reason, dtype, last.shape, last.stride, ids, split, size, last.offset, frozenset(casts), last.patterns,
+                kept, last.shares,
             )  # fmt: skip
 
         if not n:
