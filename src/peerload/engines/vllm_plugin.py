@@ -10,17 +10,32 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 
 @cache
 def register() -> None:
-    """VLLM calls it in each of its processes, maybe several times."""
+    """VLLM calls it in each of its processes, maybe several times. Costs nothing until the format is asked for."""
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    from .vllm_loader import PeerloadLoader
+    class Peerload(BaseModelLoader):
+        def __new__(cls, load_config: LoadConfig) -> BaseModelLoader:
+            from .vllm_loader import PeerloadLoader
 
-    register_model_loader("peerload")(PeerloadLoader)
+            _join_log()
+            return PeerloadLoader(load_config)
+
+    register_model_loader("peerload")(Peerload)
+
+
+def _join_log() -> None:
+    """Peerload's lines look like vLLM's and go where they go."""
     ours, theirs = logging.getLogger("peerload"), logging.getLogger("vllm")
-    if not ours.handlers:  # peerload's lines look like vLLM's and go where they go
+    if not ours.handlers:
         ours.handlers, ours.propagate = theirs.handlers, False
         ours.setLevel(theirs.getEffectiveLevel())

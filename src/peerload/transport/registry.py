@@ -41,8 +41,8 @@ def open_transport(name: str, config: Config) -> Transport:
     return FACTORIES[name](config.threads)
 
 
-def open_transports(config: Config) -> dict[str, Transport]:
-    """What `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: local, and NIXL
+def open_transports(config: Config, device: str = "cpu") -> dict[str, Transport]:
+    """For memory on `device`, what `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: local, and NIXL
     where it is installed, started when first needed. The caller closes them."""
     names = ["local"] if config.transport == "auto" else [config.transport]
     opened = {name: open_transport(name, config) for name in (*names, FilesTransport.name)}
@@ -53,10 +53,10 @@ def open_transports(config: Config) -> dict[str, Transport]:
 
 
 @contextmanager
-def opened_transports(config: Config) -> Iterator[dict[str, Transport]]:
+def opened_transports(config: Config, device: str = "cpu") -> Iterator[dict[str, Transport]]:
     """`open_transports` for the length of a block: then connections end and memory is forgotten."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(closing(transport)) for name, transport in open_transports(config).items()}
+        yield {name: stack.enter_context(closing(transport)) for name, transport in open_transports(config, device).items()}
 
 
 def probe(name: str) -> Probe:
