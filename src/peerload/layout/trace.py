@@ -8,7 +8,6 @@ memory that nobody has touched yet. `layout_of` then turns parameters into a `La
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import LayoutError
 from ..geometry import Box
 from ..manifest import Catalog, Constant, Layout, Parallel, Piece, Pieces
-from .strided import Inexpressible, View, boxes, overlap, without
+from .held import Contents, Held, count, moved, part
+from .strided import Inexpressible, View
 
 #: Makes memory for tensors that the recorder creates: (shape, dtype) -> a contiguous tensor in a storage of its own or of
 #: the caller's. Its contents are neither read nor written here.
@@ -54,25 +54,16 @@ def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Elements of one storage: the box of checkpoint tensor `name` that begins at `start`, or `fill` (one element's
-    bytes) when `name` is empty. `view` says where they lie, in elements, with the tensor's own dimensions."""
-
-    name: str
-    start: tuple[int, ...]
-    view: View
-    fill: bytes = b""
-
-
 @dataclass(slots=True)
-class _Storage:
-    """What is known of a storage. The weak reference keeps its address from being given to another one."""
+class Storage:
+    """What is known of a storage. The weak reference keeps its address from being given to another one. `itemsize` (bytes)
+    is the unit that `held` counts in; `watched`: it existed before loading."""
 
     alive: StorageWeakRef
     label: str
-    parameter: bool = False
-    held: list[Held] = field(default_factory=list)
+    itemsize: int
+    watched: bool = False
+    held: Contents = field(default_factory=Contents)
 
 
 def view_of(tensor: Tensor) -> View:
@@ -88,19 +79,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.refusals: list[LayoutError] = []
         self._allocate = allocate
-        self._storages: dict[int, _Storage] = {}
+        self._storages: dict[int, Storage] = {}
 
     def source(self, name: str, start: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor that stands for the box of checkpoint tensor `name` of this `shape` from index `start`."""
         tensor = self._allocate(tuple(shape), dtype)
         held = [Held(name, tuple(start), view_of(tensor))] if tensor.numel() else []
-        self._note(tensor, name).held += held
+        self._note(tensor, name).held.add(held)
         return tensor
 
     def watch(self, parameters: Mapping[str, Tensor]) -> None:
         """Parameters that exist before loading: from here on, whatever is written into them must be explained."""
         for name, tensor in parameters.items():
-            self._note(tensor, name).parameter = True
+            self._note(tensor, name).watched = True
 
     def known(self, tensor: Tensor) -> bool:
         """Does its storage hold (or await) checkpoint elements?"""
@@ -110,12 +101,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What a tensor of a known storage holds, `view`s being offsets from the tensor's first element."""
         mine, found = view_of(tensor), []
         inside = mine.dense
-        for held in self._storages[tensor.untyped_storage()._cdata].held:
+        for held in self._storages[tensor.untyped_storage()._cdata].held.near(mine):
             if inside and mine.offset <= held.view.offset and held.view.stop <= mine.stop:
-                found.append(Held(held.name, held.start, _moved(held.view, -mine.offset), held.fill))
+                found.append(held.at(held.start, moved(held.view, -mine.offset)))
                 continue
-            for start, view in _part(held, mine, mine):
-                found.append(Held(held.name, start, _moved(view, -mine.offset), held.fill))
+            found += [held.at(start, moved(view, -mine.offset)) for start, view in part(held, mine, mine)]
         return found
 
     def __torch_dispatch__(
@@ -131,7 +121,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)  # DTensor's shape arithmetic
         if kinds:
             return NotImplemented  # DTensor and its like come back with their local tensors
-        tracked = [t for t in _tensors(args, kwargs) if self.known(t)]
+        tracked = [t for t in tensors_in(args, kwargs) if self.known(t)]
         if not tracked:
             return func(*args, **kwargs)
         name = func._schema.name
@@ -153,16 +143,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if name == "aten::_unsafe_view" or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
             out = func(*args, **kwargs)
-            views = list(_tensors((out,), {}))
+            views = list(tensors_in((out,), {}))
             if all(self.known(v) and v.element_size() == tracked[0].element_size() for v in views):
                 return out
         raise self._refuse(name, tracked, "it is neither a view nor a copy")
 
-    def _note(self, tensor: Tensor, label: str) -> _Storage:
+    def _note(self, tensor: Tensor, label: str) -> Storage:
         storage = tensor.untyped_storage()
         known = self._storages.get(storage._cdata)
         if known is None:
-            known = self._storages[storage._cdata] = _Storage(StorageWeakRef(storage), label)  # type: ignore[no-untyped-call]
+            alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            known = self._storages[storage._cdata] = Storage(alive, label, tensor.element_size())
         return known
 
     def _refuse(self, operation: str, tensors: Sequence[Tensor], why: str) -> LayoutError:
@@ -192,7 +183,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise self._refuse("aten::fill_", labelled, "the value is no constant")
         if into.numel():
             fill = torch.full((1,), value, dtype=into.dtype).view(torch.uint8).numpy().tobytes()
-            self._replace(into, [Held("", (0,) * into.dim(), view_of(into), fill)])
+            self._storages[into.untyped_storage()._cdata].held.replace(
+                view_of(into), [Held("", (0,) * into.dim(), view_of(into), fill)]
+            )
         return into
 
     def _clone(self, func: torch._ops.OpOverload, source: Tensor, kwargs: Mapping[str, object]) -> Tensor:
@@ -226,9 +219,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shape[dim] = sum(p.shape[dim] for p in parts)
         out, at = self._allocate(tuple(shape), parts[0].dtype), 0
         self._note(out, f"{operation} of {self._storages[parts[0].untyped_storage()._cdata].label}")
-        for part in parts:
-            size = 1 if stack else part.shape[dim]
-            self._write(out.narrow(dim, at, size), part.unsqueeze(dim) if stack else part, fresh=True)
+        for piece in parts:
+            size = 1 if stack else piece.shape[dim]
+            self._write(out.narrow(dim, at, size), piece.unsqueeze(dim) if stack else piece, fresh=True)
             at += size
         return out
 
@@ -239,45 +232,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not into.numel():
             return
         mine, where = view_of(source), view_of(into)
-        new = [Held(h.name, start, view, h.fill) for h in origin.held for start, view in _part(h, mine, where)]
+        new = [h.at(start, view) for h in origin.held.near(mine) for start, view in part(h, mine, where)]
         if fresh:
-            target.held += new
+            target.held.add(new)
         else:
-            self._replace(into, new)
-
-    def _replace(self, into: Tensor, new: list[Held]) -> None:
-        storage, mine, left = self._storages[into.untyped_storage()._cdata], view_of(into), []
-        for old in storage.held:
-            if old.view.offset >= mine.stop or mine.offset >= old.view.stop:
-                left.append(old)
-                continue
-            for cell in without(old.view, mine):
-                left += [
-                    Held(old.name, _sum(old.start, first), view, old.fill)
-                    for first, view in boxes(cell, old.view, len(old.start))
-                ]  # fmt: skip
-        storage.held = left + new
+            target.held.replace(where, new)
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata and view_of(a) == view_of(b)
 
 
-def _part(held: Held, seen: View, target: View) -> Iterator[tuple[tuple[int, ...], View]]:
-    """What of `held` is visible through `seen`, laid out in `target` (indexed like `seen`): (start, view)."""
-    for cell in overlap(seen, held.view):
-        for first, view in boxes(cell, target, len(held.start)):
-            yield _sum(held.start, first), view
-
-
-def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def _moved(view: View, by: int) -> View:
-    return View(view.offset + by, view.shape, view.stride)
-
-
-def _tensors(args: Iterable[object], kwargs: Mapping[str, object]) -> Iterator[Tensor]:
+def tensors_in(args: Iterable[object], kwargs: Mapping[str, object]) -> Iterator[Tensor]:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             yield value
@@ -303,10 +268,10 @@ def layout_of(
     for name, tensor in parameters.items():
         if tensor.numel():
             groups.setdefault((tensor.untyped_storage()._cdata, view_of(tensor)), []).append(name)
-    held = {names[0]: _explained(recorder, names[0], parameters[names[0]]) for names in groups.values()}
+    explained = {names[0]: _explained(recorder, names[0], parameters[names[0]]) for names in groups.values()}
     aliases: dict[str, str] = {}
     for first, *others in groups.values():
-        stored = {h.name for h in held[first]}
+        stored = {h.name for h in explained[first]}
         if others and len(stored) == 1:
             name = stored.pop()
             aliases.update((other, name) for other in (first, *others) if name in (first, *others) and other != name)
@@ -317,19 +282,19 @@ def layout_of(
         tied.setdefault(name, []).append(alias)
     pieces: list[Piece] = []
     constants: list[Constant] = []
-    for buffer, (name, parts) in enumerate(held.items()):
+    for buffer, (name, parts) in enumerate(explained.items()):
         itemsize = parameters[name].element_size()
-        for part in parts:
-            offset, strides = part.view.offset * itemsize, tuple(s * itemsize for s in part.view.stride)
-            if not part.name:
-                constants.append(Constant(buffer, offset, part.view.shape, strides, part.fill))
+        for held in parts:
+            offset, strides = held.view.offset * itemsize, tuple(s * itemsize for s in held.view.stride)
+            if not held.name:
+                constants.append(Constant(buffer, offset, held.view.shape, strides, held.fill))
                 continue
-            stop = tuple(a + n for a, n in zip(part.start, part.view.shape, strict=True))
-            names = (part.name, *tied.get(part.name, ()))
-            pieces += [Piece(catalog.row[n], Box(part.start, stop), buffer, offset, strides) for n in names]
-    nbytes = [parameters[name].numel() * parameters[name].element_size() for name in held]
+            stop = tuple(a + n for a, n in zip(held.start, held.view.shape, strict=True))
+            names = (held.name, *tied.get(held.name, ()))
+            pieces += [Piece(catalog.row[n], Box(held.start, stop), buffer, offset, strides) for n in names]
+    nbytes = [parameters[name].numel() * parameters[name].element_size() for name in explained]
     return Layout(
-        catalog, tuple(held), np.array(nbytes, np.int64), Pieces.of(pieces, catalog.width), tuple(constants),
+        catalog, tuple(explained), np.array(nbytes, np.int64), Pieces.of(pieces, catalog.width), tuple(constants),
         aliases=aliases, ignored=ignored, parallel=parallel, rank=rank,
     )  # fmt: skip
 
@@ -344,7 +309,7 @@ def _explained(recorder: Recorder, name: str, tensor: Tensor) -> list[Held]:
         held = recorder.held(tensor)
     except Inexpressible as problem:
         raise LayoutError(f"{name}: where its elements come from can't be described: {problem}") from problem
-    missing = tensor.numel() - sum(math.prod(h.view.shape) for h in held)
+    missing = tensor.numel() - count(held)
     if missing:
         raise LayoutError(
             f"{name}: {missing} of its {tensor.numel()} elements are neither a checkpoint tensor's nor a stated constant",

@@ -1,0 +1,298 @@
+"""The layout of an engine's model out of one run of its own `load_weights`, on the model itself or on a meta twin.
+
+What the loader casts or computes is no reason to give up: it is described as a logical tensor of its own, which a seed with
+the same cast, or of the same layout and rank, can feed like any other.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..errors import LayoutError
+from ..geometry import Box
+from ..manifest import Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec
+from .follow import ENGINE, Follower
+from .held import Contents, Held, moved
+from .reachable import reachable_tensors
+from .strided import Inexpressible, View, boxes, overlap
+from .trace import DTYPE_NAMES, DTYPES, view_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Derived:
+    """Values that only the engine's own loader can make out of the checkpoint tensors `covers`. `parameter` (the first one
+    when there are several) has them; `reason` is the operation ("cast BF16 to F32", "aten::exp of ...")."""
+
+    parameter: str
+    covers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traced:
+    """What a rank's model holds after `load_weights`.
+
+    layout: buffers named like parameters, and a piece or a constant for each of their elements.
+    tensors: buffer name -> the model's own tensor; its `data_ptr()` is the buffer's address. Owned by the model.
+    derived: logical name -> what it is, for those that the layout adds to the checkpoint's catalog.
+    made: tensors that nothing of the checkpoint goes into; they are as the engine's constructor and loader left them.
+    hidden: path -> how it came, for tensors outside the layout that `load_weights` made out of the checkpoint. On a real
+        model these now hang on `meta` or have no values: the engine's code that makes them has to run again on real bytes."""
+
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+    derived: Mapping[str, Derived]
+    made: tuple[str, ...]
+    hidden: Mapping[str, str]
+
+
+def trace_loader(
+    model: nn.Module,
+    load_weights: Callable[[Iterable[tuple[str, Tensor]]], object],
+    catalog: Catalog,
+    *,
+    parallel: Parallel,
+    rank: int,
+    engine: str,
+) -> Traced:
+    """Run `load_weights` once on meta tensors that stand for `catalog`, in its order, and note where they go.
+
+    model: as its constructor left it, on any device. Constants that the loader writes are written, as is everything in
+    which the checkpoint has no part; nothing else is touched. A parameter that the loader replaced by a tensor of the
+    checkpoint gets memory on its old device. After a LayoutError the model must be built anew.
+    engine: name and version; derived tensors are exchanged between equal ones only.
+
+    Raises LayoutError, naming tensor, parameter or operation, when the loader needs values, fails, or leaves something
+    that can't be described."""
+    before, follower = reachable_tensors(model), Follower()
+    follower.watch(before)
+    sources = [(s.name, follower.source(s.name, (0,) * len(s.shape), s.shape, DTYPES[s.dtype])) for s in catalog]
+    _run(follower, load_weights, sources)
+    _house(follower, model, before)
+    return _Describe(follower, model, before, catalog, parallel, rank, engine).run()
+
+
+def _run(
+    follower: Follower, load_weights: Callable[[Iterable[tuple[str, Tensor]]], object], sources: list[tuple[str, Tensor]]
+) -> None:
+    try:
+        with follower:
+            load_weights(iter(sources))
+    except (RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, OSError) as error:
+        if follower.refusals:
+            raise follower.refusals[0] from error
+        raise LayoutError(
+            f"the engine's loader can't be followed: {type(error).__name__}: {error}",
+            next_step="let the engine load this model itself",
+        ) from error
+    if follower.refusals:  # the engine caught it
+        raise follower.refusals[0]
+    if any(item() is not None for item in follower.items):
+        gc.collect()
+        for item in follower.items:
+            kept = item()
+            if kept is not None:
+                raise follower.refuse("item()", [kept.source], "the engine keeps the value")
+
+
+def _house(follower: Follower, model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Parameters that the loader replaced by meta tensors, in a model that is real, get memory. Ties stay ties."""
+    devices = {t.device for t in before.values() if t.device.type != "meta" and isinstance(t, nn.Parameter)}
+    if not devices:
+        return
+    homes: dict[int, nn.Parameter] = {}
+    for path, old in list(model.named_parameters(remove_duplicate=False)):
+        if old.device.type != "meta":
+            continue
+        device = before[path].device if path in before and before[path].device.type != "meta" else min(devices, key=str)
+        if id(old) not in homes:
+            home = nn.Parameter(follower.housed(old.data, device), requires_grad=old.requires_grad)
+            home.__class__ = old.__class__
+            home.__dict__.update(old.__dict__)
+            homes[id(old)] = home
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner)._parameters[name] = homes[id(old)]
+
+
+@dataclass(slots=True)
+class _Describe:
+    """Builds a `Traced` out of what the follower saw."""
+
+    follower: Follower
+    model: nn.Module
+    before: Mapping[str, Tensor]
+    catalog: Catalog
+    parallel: Parallel
+    rank: int
+    engine: str
+    pieces: list[tuple[str, Box, int, int, tuple[int, ...]]] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+    derived: dict[str, Derived] = field(default_factory=dict)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)  # what the catalog lacks
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Traced:
+        kept: dict[str, Tensor] = {}
+        made: list[str] = []
+        odd: dict[str, Tensor] = {}
+        ties: dict[str, list[str]] = {}
+        homes: dict[int, list[tuple[str, View]]] = {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for path, tensor in reachable_tensors(self.model).items():
+            if not tensor.numel():
+                continue
+            where, storage = view_of(tensor), tensor.untyped_storage()._cdata
+            inside = [n for n, v in homes.get(storage, ()) if v.offset <= where.offset and where.stop <= v.stop]
+            if inside:
+                if path in parameters and view_of(kept[inside[0]]) == where:
+                    ties.setdefault(inside[0], []).append(path)
+                continue
+            written = self._written(tensor)
+            if not written or (not self.follower.loaded(tensor) and not self._constant(tensor, path in parameters)):
+                made.append(path)
+            elif path in parameters or self._stayed(path, tensor):
+                kept[path] = tensor
+                homes.setdefault(storage, []).append((path, where))
+            else:
+                odd[path] = tensor
+        for buffer, (path, tensor) in enumerate(kept.items()):
+            self._buffer(buffer, path, tensor)
+            self._tie(path, tensor, ties.get(path, ()))
+        hidden = {path: self._origin(tensor) for path, tensor in odd.items()}
+        return Traced(self._layout(kept, odd), kept, self.derived, tuple(made), hidden)
+
+    def _written(self, tensor: Tensor) -> bool:
+        storage = self.follower.storage(tensor)
+        return storage is not None and any(h.taint is not ENGINE for h in storage.held.near(view_of(tensor)))
+
+    def _constant(self, tensor: Tensor, parameter: bool) -> bool:
+        """Is it a parameter that the loader filled with constants all over?"""
+        if not parameter:
+            return False
+        try:
+            held = self.follower.held(tensor)
+        except Inexpressible:
+            return False
+        return sum(h.view.numel for h in held if h.fill) == tensor.numel()
+
+    def _stayed(self, path: str, tensor: Tensor) -> bool:
+        old = self.before.get(path)
+        return old is not None and old.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+
+    def _origin(self, tensor: Tensor) -> str:
+        covers = sorted(self.follower.covers([tensor]))
+        storage = self.follower.storage(tensor)
+        reasons = sorted({h.taint.reason for h in storage.held.near(view_of(tensor)) if h.taint is not None}) if storage else []
+        what = ", ".join(covers[:3]) + (f" and {len(covers) - 3} more" if len(covers) > 3 else "")
+        return f"computed: {reasons[0]}" if reasons else f"a copy of {what}" if covers else "the engine's own values"
+
+    def _buffer(self, buffer: int, path: str, tensor: Tensor) -> None:
+        """Pieces and constants for every element of one tensor."""
+        mine = moved(view_of(tensor), -int(tensor.storage_offset()))
+        if not mine.dense:
+            raise LayoutError(f"{path}: its {tuple(tensor.shape)} elements lie scattered, with strides {tuple(tensor.stride())}")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise LayoutError(f"{path}: its dtype {tensor.dtype} has no name in a checkpoint")
+        size = tensor.element_size()
+        storage = self.follower.storage(tensor)
+        assert storage is not None  # it was written
+        try:
+            if storage.itemsize != size:
+                raise Inexpressible(f"elements of {storage.itemsize} bytes seen as {tensor.dtype}")  # noqa: TRY301
+            held = self.follower.held(tensor)
+            computed = [h for h in held if h.taint is not None]
+            places = [p for v in (*(h.view for h in computed), *_unwritten(mine, held)) for p in _places(mine, v)]
+        except Inexpressible as problem:
+            held, computed, places = [], [], [((0,) * len(mine.shape), mine)]
+            reasons, covers = {str(problem)}, set(self.follower.covers([tensor]))
+        else:
+            reasons = {h.taint.reason for h in computed if h.taint is not None}
+            covers = {c for h in computed if h.taint is not None for c in h.taint.covers}
+            lone = sum(v.numel for _, v in places) - sum(h.view.numel for h in computed)
+            if lone:
+                reasons.add(f"{lone} of its {tensor.numel()} elements are neither a checkpoint tensor's nor a stated constant")
+            if lone or any(h.taint is not None and not h.taint.covers for h in computed):
+                covers |= self.follower.covers([tensor])
+        for h in held:
+            if h.name:
+                self._piece(h.name, h.start, h.view, buffer, size, path)
+            elif h.taint is None:
+                self.constants.append(Constant(buffer, h.view.offset * size, h.view.shape, _bytes(h.view, size), h.fill))
+        if places:
+            if not covers:
+                raise LayoutError(f"{path}: {min(reasons)}, and no checkpoint tensor has a part in it")
+            p = self.parallel
+            name = f"{path} by {self.engine} tp{p.tp} ep{p.ep} pp{p.pp} rank {self.rank}"
+            self.specs[name] = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            self.derived[name] = Derived(path, tuple(sorted(covers)), "; ".join(sorted(reasons)[:3]))
+            for start, view in places:
+                self._piece(name, start, view, buffer, size, path)
+
+    def _piece(self, name: str, start: tuple[int, ...], view: View, buffer: int, size: int, path: str) -> None:
+        if name not in self.catalog.row and name not in self.specs:
+            base, dtypes = self.follower.logical[name]
+            chain = [DTYPE_NAMES[d] for d in dtypes]
+            self.specs[name] = TensorSpec(name, chain[-1], self.catalog[self.catalog.row[base]].shape)
+            self.derived[name] = Derived(path, (base,), f"cast {' to '.join(chain)}")
+        box = Box(start, tuple(a + n for a, n in zip(start, view.shape, strict=True)))
+        self.pieces.append((name, box, buffer, view.offset * size, _bytes(view, size)))
+
+    def _tie(self, path: str, tensor: Tensor, others: Iterable[str]) -> None:
+        """Further names of a parameter that keeps one tensor: aliases, unless the checkpoint has tensors of these names."""
+        stored = {h.name for h in self.follower.held(tensor) if h.name} if others else set()
+        if len(stored) != 1:
+            return
+        name = stored.pop()
+        for other in (path, *others):
+            if other != name and other not in self.catalog.row and name in self.catalog.row:
+                self.aliases[other] = name
+                self.specs[other] = self.catalog[self.catalog.row[name]]._replace(name=other)
+
+    def _layout(self, kept: Mapping[str, Tensor], odd: Mapping[str, Tensor]) -> Layout:
+        used = {name for name, *_ in self.pieces} | {c for d in self.derived.values() for c in d.covers}
+        used |= {self.follower.logical[n][0] for n in used if n in self.follower.logical}
+        reason = "the engine's loader skipped it"
+        ignored = {name: reason for name in self.catalog.names if name not in used}
+        for path, tensor in odd.items():
+            ignored.update(
+                (c, f"only in {path}, which the engine makes of it") for c in self.follower.covers([tensor]) if c in ignored
+            )
+        catalog = Catalog.of([*self.catalog, *self.specs.values()]) if self.specs else self.catalog
+        tied: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            tied.setdefault(name, []).append(alias)
+        rows = [Piece(catalog.row[n], *rest) for name, *rest in self.pieces for n in (name, *tied.get(name, ()))]  # type: ignore[arg-type]
+        nbytes = np.array([t.numel() * t.element_size() for t in kept.values()], np.int64)
+        layout = Layout(
+            catalog, tuple(kept), nbytes, Pieces.of(rows, catalog.width), tuple(self.constants),
+            aliases=self.aliases, ignored=ignored, parallel=self.parallel, rank=self.rank,
+        )  # fmt: skip
+        layout.prove_cover()
+        return layout
+
+
+def _bytes(view: View, size: int) -> tuple[int, ...]:
+    return tuple(s * size for s in view.stride)
+
+
+def _unwritten(mine: View, held: Iterable[Held]) -> Iterator[View]:
+    """The elements that nothing is known of."""
+    held = list(held)
+    if sum(h.view.numel for h in held) == mine.numel:
+        return
+    left = Contents()
+    left.add([Held("", (0,) * len(mine.shape), mine, taint=ENGINE)])
+    for h in held:
+        left.replace(h.view, [])
+    yield from (h.view for h in left)
+
+
+def _places(mine: View, region: View) -> Iterator[tuple[tuple[int, ...], View]]:
+    """A region of a tensor as boxes of its own coordinates: (first index, where it lies)."""
+    for cell in overlap(region, mine):
+        yield from boxes(cell, region, len(mine.shape))
