@@ -227,19 +227,18 @@ class _Run:
                 trusted += 1
                 if trusted <= len(order):
                     continue
-                left = self._leave(wants)
+                left = self._leave(wants, error)
                 if len(left) == len(wants):
                     raise self._exhausted(error) from error
                 wants, trusted = left, trusted - 1
 
-    def _leave(self, wants: Wants) -> Wants:
-        """Without the derived tensors, if the caller can make them."""
-        if not self.job.derives:
-            return wants
+    def _leave(self, wants: Wants, error: PlanError) -> Wants:
+        """Without the derived tensors that nobody can supply, if the caller can make them."""
+        lacking = {hole.tensor for hole in error.holes if self.job.derives and is_derived(hole.tensor)}
+        self.left |= lacking
         names = wants.layout.catalog.names
-        derived = np.array([is_derived(names[tensor]) for tensor in wants.tensor.tolist()], np.bool_)
-        self.left |= {names[tensor] for tensor in wants.tensor[derived].tolist()}
-        return Wants(wants.layout, wants.piece[~derived], wants.start[~derived], wants.stop[~derived], wants.opaque)
+        kept = np.array([names[tensor] not in lacking for tensor in wants.tensor.tolist()], np.bool_)
+        return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept], wants.opaque)
 
     def _exhausted(self, error: PlanError) -> PeerloadError:
         if not self.failures:
@@ -291,7 +290,7 @@ class _Run:
         with self.phase("verify"):
             measured = Measured.join([Measured.decode(part, catalog) for part in parts])
             read = set(measured.sources)
-            return compare(Claims.of(catalog, [o for o in offers if str(o.source) in read]), measured)
+            return compare(Claims.of(measured.catalog, [o for o in offers if str(o.source) in read]), measured)
 
     def _hash(self, boxes: _Filled) -> DigestArray:
         pieces, tensor = self.job.layout.pieces, self.job.layout.pieces.tensor[boxes.piece]

@@ -20,9 +20,9 @@ from typing import Final
 import numpy as np
 
 from .digest import PRIME, DigestArray, tensor_keys
-from .errors import VerifyError
+from .errors import ManifestError, VerifyError
 from .geometry import BoolArray, Box, IntArray, pad_left, volumes
-from .manifest import Catalog, Offer, frozen
+from .manifest import Catalog, Offer, TensorSpec, frozen, is_derived
 from .tiling import Tilings, dense
 
 _MAGIC: Final = b"PLM1"
@@ -108,38 +108,53 @@ class Measured:
 
     @classmethod
     def join(cls, parts: Sequence[Measured]) -> Measured:
-        """All rows, part after part, so that each rank's keep their order. At least one part; all share a catalog."""
+        """All rows, part after part, so that each rank's keep their order. At least one part; their catalogs may differ in
+        derived tensors, of which the whole has all."""
+        whole = Catalog.of(dict.fromkeys(spec for part in parts for spec in part.catalog))
+        parts = [part._in(whole) for part in parts]
         sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
         number = {name: i for i, name in enumerate(sources)}
         renumbered = [np.array([number[s] for s in p.sources] or [0], np.int64)[p.source] for p in parts]
         rank, tensor, start, stop = (np.concatenate([getattr(p, c) for p in parts]) for c in ("rank", "tensor", "start", "stop"))
         digest = np.concatenate([p.digest for p in parts])
-        return cls(parts[0].catalog, rank, tensor, start, stop, digest, np.concatenate(renumbered), sources)
+        return cls(whole, rank, tensor, start, stop, digest, np.concatenate(renumbered), sources)
+
+    def _in(self, whole: Catalog) -> Measured:
+        """The same rows, numbered as in a catalog that has all of ours."""
+        start, stop = pad_left(self.start, whole.width, 0), pad_left(self.stop, whole.width, 1)
+        tensor = _rows_of(whole, self.catalog)[self.tensor]
+        return Measured(whole, self.rank, tensor, start, stop, self.digest, self.source, self.sources)
 
     def encode(self) -> bytes:
         """For the exchange between ranks: about 10 bytes a row, the digests above all."""
-        head = {"rows": len(self), "catalog": _fingerprint(self.catalog), "sources": self.sources}
+        common, derived = _split(self.catalog)
+        head = {"rows": len(self), "catalog": _fingerprint(common), "derived": derived, "sources": self.sources}
         text = json.dumps(head).encode()
-        table = np.column_stack([self.rank, self.tensor, self.source, self.start, self.stop]).astype("<i8")
+        tensor = _rows_of(Catalog.of([*common, *derived]), self.catalog)[self.tensor] if derived else self.tensor
+        table = np.column_stack([self.rank, tensor, self.source, self.start, self.stop]).astype("<i8")
         # Differences down each column are mostly zeros and small repeats, which pack well.
         packed = zlib.compress(np.diff(table, axis=0, prepend=0).T.tobytes(), 1)
         return b"".join([_MAGIC, struct.pack("<I", len(text)), text, self.digest.astype("<u8").tobytes(), packed])
 
     @classmethod
     def decode(cls, data: bytes, catalog: Catalog) -> Measured:
-        """Raises VerifyError for bytes that `encode` can't have made, or that are about another catalog."""
+        """catalog: of the rank that reads this. Raises VerifyError for bytes that `encode` can't have made, or that are about
+        a catalog which differs in more than derived tensors."""
+        common, _ = _split(catalog)
         try:
             (size,) = struct.unpack_from("<I", data, len(_MAGIC))
             at = len(_MAGIC) + 4 + size
             head = json.loads(data[at - size : at])
             n, theirs, sources = max(0, int(head["rows"])), head["catalog"], tuple(map(str, head["sources"]))
             digest = np.frombuffer(data, "<u8", n, at).astype(np.uint64)
+            derived = [TensorSpec(str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in head["derived"]]
+            catalog = Catalog.of([*common, *derived])
             width = 3 + 2 * catalog.width
             raw = zlib.decompressobj().decompress(data[at + 8 * n :], 8 * n * width + 1) if n else b""
             steps = np.frombuffer(raw, "<i8").reshape(width, n)
-        except (struct.error, ValueError, KeyError, TypeError, zlib.error) as error:
+        except (struct.error, ValueError, KeyError, TypeError, zlib.error, ManifestError) as error:
             raise VerifyError(f"a rank's measurements are garbled: {error}") from error
-        if not data.startswith(_MAGIC) or theirs != _fingerprint(catalog):
+        if not data.startswith(_MAGIC) or theirs != _fingerprint(common):
             raise VerifyError(
                 "a rank measured another list of tensors than this one plans with",
                 next_step="start all ranks of an instance with the same version, model and revision",
@@ -152,6 +167,12 @@ class Measured:
         if not inside.all() or (start < 0).any() or (stop <= start).any() or (stop > catalog.shape[tensor]).any():
             raise VerifyError("a rank's measurements name a box outside its tensor, or a digest out of range")
         return cls(catalog, rank, tensor, start, stop, digest, source, sources)
+
+
+def _split(catalog: Catalog) -> tuple[Catalog, list[TensorSpec]]:
+    """What all ranks of an instance have, and the derived tensors, which may be a rank's own."""
+    derived = [spec for spec in catalog if is_derived(spec.name)]
+    return (Catalog.of(s for s in catalog if not is_derived(s.name)), derived) if derived else (catalog, derived)
 
 
 def _fingerprint(catalog: Catalog) -> str:

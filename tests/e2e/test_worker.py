@@ -1,0 +1,180 @@
+"""A loader plug-in's rank against a real coordinator and real transports, with an engine small enough to read in one go."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import coordinator_process
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peerload.config import Config
+from peerload.engines.worker import Identity, Worker
+from peerload.errors import LayoutError, PlanError
+from peerload.manifest import Parallel
+from peerload.receipt import Receipt
+
+HIDDEN, INTER = 64, 96
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with coordinator_process() as (_, address):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("toy")
+    (directory / "config.json").write_text("{}")
+    random = torch.Generator().manual_seed(1)
+    tensors = {
+        "up.weight": torch.randn(INTER, HIDDEN, generator=random).bfloat16(),
+        "down.weight": torch.randn(HIDDEN, INTER, generator=random).bfloat16(),
+        "norm.weight": torch.randn(HIDDEN, generator=random).bfloat16(),
+        "decay": torch.randn(INTER, generator=random).bfloat16(),
+        "scale": torch.rand(INTER, generator=random) + 0.5,
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+class Toy(nn.Module):
+    """Its loader cuts (up, scale, decay by rows, down by columns), casts (norm to F32) and computes (decay)."""
+
+    def __init__(self, tp: int, rank: int) -> None:
+        super().__init__()
+        self.tp, self.rank = tp, rank
+        self.up = nn.Parameter(torch.full((INTER // tp, HIDDEN), torch.nan, dtype=torch.bfloat16), requires_grad=False)
+        self.down = nn.Parameter(torch.full((HIDDEN, INTER // tp), torch.nan, dtype=torch.bfloat16), requires_grad=False)
+        self.norm = nn.Parameter(torch.full((HIDDEN,), torch.nan), requires_grad=False)
+        self.decay = nn.Parameter(torch.full((INTER // tp,), torch.nan), requires_grad=False)
+        self.scale = nn.Parameter(torch.full((INTER // tp,), torch.nan), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            parameter = name.removesuffix(".weight")
+            if parameter != "norm":
+                tensor = tensor.chunk(self.tp, dim=1 if parameter == "down" else 0)[self.rank]
+            if parameter == "decay":
+                tensor = -torch.exp(tensor.float())
+            getattr(self, parameter).data.copy_(tensor)
+            loaded.add(parameter)
+        return loaded
+
+    def post_process(self) -> None:
+        """As engines do: one tensor is rewritten in place, one is replaced by another, the rest is left alone."""
+        self.scale.data.reciprocal_()
+        self.down = nn.Parameter(self.down.data.t().contiguous(), requires_grad=False)
+
+
+class Instance:
+    """All ranks of an instance, in this process."""
+
+    def __init__(self, name: str, tp: int, checkpoint: Path, config: Config) -> None:
+        self.name, self.tp, self.checkpoint, self.config = name, tp, checkpoint, config
+        self.models = [Toy(tp, rank) for rank in range(tp)]
+        self.from_disk: list[int] = []
+        self.launch = uuid.uuid4().hex
+        self.workers = [self._worker(rank) for rank in range(tp)]
+
+    def _worker(self, rank: int) -> Worker:
+        who = Identity("toy 1.0", self.name, self.launch, Parallel(tp=self.tp), rank, self.tp)
+        return Worker(
+            who, self.config, self.checkpoint,
+            load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
+            load_all=lambda _: self.from_disk.append(rank),
+        )  # fmt: skip
+
+    def load(self) -> list[Receipt | None]:
+        with ThreadPoolExecutor(self.tp) as pool:
+            futures = [pool.submit(w.load, m) for w, m in zip(self.workers, self.models, strict=True)]
+            return [f.result() for f in futures]
+
+    def serve(self) -> None:
+        for worker, model in zip(self.workers, self.models, strict=True):
+            model.post_process()
+            worker.serve(model)
+
+    def __enter__(self) -> Instance:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+def expected(checkpoint: Path, tp: int) -> list[dict[str, Tensor]]:
+    """What the engine's own loader makes of the checkpoint, by rank."""
+    from safetensors.torch import load_file
+
+    stock = [Toy(tp, rank) for rank in range(tp)]
+    for model in stock:
+        model.load_weights(load_file(checkpoint / "model.safetensors").items())
+    return [dict(model.named_parameters()) for model in stock]
+
+
+def assert_loaded(instance: Instance) -> None:
+    for model, wanted in zip(instance.models, expected(instance.checkpoint, instance.tp), strict=True):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, wanted[name]), name
+
+
+def sources(receipts: list[Receipt | None]) -> set[str]:
+    return {name.split("/")[0] for r in receipts if r is not None for name in r.sources}
+
+
+def configured(url: str, **changes: object) -> Config:
+    return Config.from_mapping({"url": url, "transport": "local", "deadline_s": 30.0, **changes})
+
+
+@pytest.mark.parametrize(("seed_tp", "tp"), [(1, 2), (2, 1), (2, 4), (4, 2), (2, 2)])
+def test_any_tp_feeds_any_other_what_post_processing_has_left_or_copies_kept(
+    url: str, checkpoint: Path, seed_tp: int, tp: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configured(url, model_name=f"toy-{seed_tp}-{tp}")
+    with Instance("seed", seed_tp, checkpoint, config) as seed, Instance("target", tp, checkpoint, config) as target:
+        assert sources(seed.load()) == {f"disk:{checkpoint.name}"}
+        seed.serve()
+        with caplog.at_level(logging.INFO, "peerload"):
+            receipts = target.load()
+        assert sources(receipts) == {"seed"}
+        assert_loaded(target)
+        left = {name for r in receipts if r is not None for name in r.left}
+        # What a rank has computed, only the same rank of another instance of that size holds.
+        assert left == (set() if tp == seed_tp else {f"decay by toy 1.0 tp{tp} ep1 pp1 rank {r}" for r in range(tp)})
+        assert "verified by digest" in caplog.text
+
+
+def test_what_was_rewritten_and_not_kept_comes_from_disk_and_the_log_says_so(
+    url: str, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configured(url, model_name="toy-no-copies", retain_bytes=0)
+    with Instance("seed", 1, checkpoint, config) as seed, Instance("target", 2, checkpoint, config) as target:
+        seed.load()
+        with caplog.at_level(logging.INFO, "peerload"):
+            seed.serve()
+        assert "2 are not offered" in caplog.text
+        assert sources(target.load()) == {"seed", f"disk:{checkpoint.name}"}
+        assert_loaded(target)
+
+
+def test_without_fallback_it_names_what_nobody_holds(url: str, checkpoint: Path) -> None:
+    config = configured(url, model_name="toy-strict", retain_bytes=0)
+    with Instance("seed", 1, checkpoint, config) as seed, ExitStack() as stack:
+        seed.load()
+        seed.serve()
+        target = stack.enter_context(Instance("target", 1, checkpoint, config.replace(fallback="fail")))
+        with pytest.raises(PlanError) as caught:
+            target.load()
+        named = {hole.tensor for hole in caught.value.holes}
+        assert named == {"down.weight", "scale"}
+        assert all(torch.isnan(p).all() for p in target.models[0].parameters())
