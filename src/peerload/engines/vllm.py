@@ -25,6 +25,7 @@ from vllm import __version__
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -38,6 +39,8 @@ from .checkpoint import Checkpoint, ModelFiles
 #: What this engine is called in layouts and reports.
 VERSION: Final = f"vllm {__version__}"
 
+_UNSPLIT: Final = Parallel()
+
 #: What vLLM raises for models, quantizations and hosts that it doesn't support.
 _FAILURES: Final = (
     ValueError, NotImplementedError, AssertionError, RuntimeError, AttributeError, TypeError, KeyError, ImportError,
@@ -45,7 +48,7 @@ _FAILURES: Final = (
 
 
 def trace_layout(
-    model: str | Path | ModelFiles, parallel: Parallel = Parallel(), rank: int = 0, *, catalog: Catalog | None = None
+    model: str | Path | ModelFiles, parallel: Parallel = _UNSPLIT, rank: int = 0, *, catalog: Catalog | None = None
 ) -> Traced:
     """What `rank` of an instance of this model holds after vLLM's `load_weights`. Needs no weights and no memory for them.
 
@@ -60,7 +63,7 @@ def trace_layout(
 
 def probe_layout(
     model: str | Path | ModelFiles,
-    parallel: Parallel = Parallel(),
+    parallel: Parallel = _UNSPLIT,
     rank: int = 0,
     *,
     processed: bool = False,
@@ -78,7 +81,7 @@ def probe_layout(
 
 @contextmanager
 def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> Iterator[VllmConfig]:
-    """vLLM's process-wide state, for as long as the block lasts, that of rank `rank` (tensor-parallel rank fastest) of an
+    """The process-wide state of vLLM, for as long as the block lasts, that of rank `rank` (tensor-parallel rank fastest) of an
     instance of the model. Yields its configuration. Not thread-safe."""
     size = parallel.tp * parallel.pp
     if not 0 <= rank < size:
@@ -87,9 +90,9 @@ def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> It
         raise ConfigError(f"vLLM's experts are split over all tensor-parallel ranks or none: tp={parallel.tp}, ep={parallel.ep}")
     files = ModelFiles.of(model)
     state = {name: value for name, value in vars(groups).items() if name.startswith("_") and name[1:].replace("_", "").isupper()}
-    environment = dict(os.environ)
+    environment, rotary = dict(os.environ), dict(_ROPE_DICT)
     with ExitStack() as stack:
-        stack.callback(_restore, state, environment)
+        stack.callback(_restore, state, environment, rotary)
         directory = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
         if directory is None:
             directory = Path(stack.enter_context(TemporaryDirectory()))
@@ -139,7 +142,7 @@ def postprocess(model: nn.Module, config: VllmConfig) -> None:
 def _catalog(model: str | Path | ModelFiles) -> Catalog:
     if isinstance(model, ModelFiles) or not Path(model).is_dir():
         raise ConfigError(
-            "a config.json alone doesn't say which tensors its checkpoint has", next_step="give the model's directory, or a catalog"
+            "a config.json alone doesn't say which tensors its checkpoint has", next_step="give a model directory, or a catalog"
         )
     return Checkpoint.open(model).catalog
 
@@ -158,8 +161,10 @@ def _config(files: ModelFiles, directory: Path, parallel: Parallel, rank: int) -
     return config
 
 
-def _restore(state: Mapping[str, object], environment: Mapping[str, str]) -> None:
+def _restore(state: Mapping[str, object], environment: Mapping[str, str], rotary: Mapping[tuple[object, ...], nn.Module]) -> None:
     vars(groups).update(state)
+    _ROPE_DICT.clear()
+    _ROPE_DICT.update(rotary)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
@@ -167,8 +172,8 @@ def _restore(state: Mapping[str, object], environment: Mapping[str, str]) -> Non
 
 @contextmanager
 def _inspected_here(files: ModelFiles) -> Iterator[None]:
-    """vLLM imports a model's class in a process of its own to look at it, which takes five seconds the first time. This process
-    imports it anyway."""
+    """Import a model's class here, where it is needed anyway, before vLLM does so in a process of its own to look at it, which
+    takes five seconds the first time."""
     known, asked = ModelRegistry.models, files.config.get("architectures")
     lazy = {name: known[name] for name in asked if name in known} if isinstance(asked, list) else {}
     try:
@@ -223,9 +228,10 @@ class _MapsHaveValues(TorchFunctionMode):
     """Maps of experts are looked into while a model is built: what is filled with whole numbers isn't made on meta."""
 
     def __torch_function__(
-        self, func: Callable[..., object], _types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
-        kwargs = dict(kwargs or {})
+        del types
+        kwargs = kwargs or {}
         if func in (torch.full, torch.arange) and kwargs.get("dtype") in (torch.int32, torch.int64):
             kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)
@@ -233,5 +239,6 @@ class _MapsHaveValues(TorchFunctionMode):
 
 def _built(config: VllmConfig, device: str) -> nn.Module:
     config.compilation_config.static_forward_context.clear()
+    _ROPE_DICT.clear()  # models share these modules, on whatever device the first one was built
     with set_default_torch_dtype(config.model_config.dtype), torch.device(device), _MapsHaveValues():
         return initialize_model(config)

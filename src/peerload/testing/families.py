@@ -109,7 +109,7 @@ def values(spec: TensorSpec, random: torch.Generator) -> torch.Tensor:
     if name.endswith("input_scale"):
         return (0.02 * even).to(kind)
     if "scale" in name.rpartition(".")[2]:
-        return (0.0015 * even if dtype != "F16" else 0.02 * even).to(kind)
+        return (0.02 * even if name.endswith("scales") else 0.0015 * even).to(kind)
     if name.endswith("A_log"):
         return (even * 2).to(kind)
     if "norm" in name or ".ln_" in name:
@@ -166,7 +166,7 @@ def _awq(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
     yield _tensor(f"{name}.scales", cols // 128, rows, dtype="F16")
 
 
-def _compressed(kind: str) -> dict[str, object]:
+def _compressed(kind: str, routed: bool) -> dict[str, object]:
     common = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {
         "targets": ["Linear"],
@@ -175,23 +175,23 @@ def _compressed(kind: str) -> dict[str, object]:
     }
     return {
         "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "ignore": ["lm_head", *(["re:.*mlp.gate$"] if routed else [])],
     }  # fmt: skip
 
 
-def _quantizations(layers: int) -> dict[str, tuple[Quantize, dict[str, object]]]:
-    """By word: the rule, and config.json's `quantization_config`. Routers of experts are never quantized."""
-    routers = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
-    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": routers}
+def _quantizations(s: Sizes, *, routed: bool) -> dict[str, tuple[Quantize, dict[str, object]]]:
+    """By word: the rule, and config.json's `quantization_config`. Routers of experts are not quantized."""
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(s.layers)] if routed else []
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": ["lm_head", *routers]}
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
     return {
         "fp8-tensor": (_fp8_tensor, {**fp8, "activation_scheme": "static"}),
-        "fp8-channel": (_fp8_channel, _compressed("float")),
+        "fp8-channel": (_fp8_channel, _compressed("float", routed)),
         "fp8-block": (_fp8_block, {**fp8, "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
-        "w8a8": (_w8a8, _compressed("int")),
-        "gptq": (_gptq, gptq),
-        "awq": (_awq, {**awq, "modules_to_not_convert": ["gate"]}),
+        "w8a8": (_w8a8, _compressed("int", routed)),
+        "gptq": (_gptq, {**gptq, **({"dynamic": {r"-:.*mlp\.gate$": {}}} if routed else {})}),
+        "awq": (_awq, {**awq, **({"modules_to_not_convert": ["mlp.gate"]} if routed else {})}),
     }
 
 
@@ -294,22 +294,23 @@ def _config(s: Sizes, kind: str, architecture: str, **more: object) -> dict[str,
 
 
 def _llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: bool = False) -> Family:
-    quantize, asked = _quantizations(s.layers).get(quantization, (_bf16, None))
+    quantize, asked = _quantizations(s, routed=False).get(quantization, (_bf16, None))
     config = _config(s, "llama", "LlamaForCausalLM", tie_word_embeddings=tied, **_asking(asked))
     layers = [[*_attention(s, quantize), *_mlp("mlp", s, s.inter, quantize)] for _ in range(s.layers)]
     tensors = _decoder(s, *layers, tied=tied).tensors()
-    return Family(name, "Llama", config, tensors, quantization, kv_heads=s.kv_heads)
+    return Family(name, "Llama", config, _half(config, tensors), quantization, kv_heads=s.kv_heads)
 
 
 def _qwen3_moe(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16") -> Family:
-    quantize, asked = _quantizations(s.layers).get(quantization, (_bf16, None))
+    quantize, asked = _quantizations(s, routed=True).get(quantization, (_bf16, None))
     config = _config(
         s, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=s.experts, num_experts_per_tok=2, moe_intermediate_size=s.wide,
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, **_asking(asked),
     )  # fmt: skip
     norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
     layers = [[*_attention(s, quantize), *norms, *_experts("mlp", s, quantize)] for _ in range(s.layers)]
-    return Family(name, "Qwen3-MoE", config, _decoder(s, *layers).tensors(), quantization, s.experts, s.kv_heads)
+    tensors = _half(config, _decoder(s, *layers).tensors())
+    return Family(name, "Qwen3-MoE", config, tensors, quantization, s.experts, s.kv_heads)
 
 
 def _asking(quantization: dict[str, object] | None) -> dict[str, object]:
@@ -318,6 +319,13 @@ def _asking(quantization: dict[str, object] | None) -> dict[str, object]:
         return {}
     half = quantization["quant_method"] in ("gptq", "awq")
     return {"quantization_config": quantization, **({"torch_dtype": "float16"} if half else {})}
+
+
+def _half(config: Mapping[str, object], tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """A model in FP16 has no tensors in BF16."""
+    if config["torch_dtype"] == "bfloat16":
+        return tensors
+    return tuple(t._replace(dtype="F16") if t.dtype == "BF16" else t for t in tensors)
 
 
 def _dense(s: Sizes) -> Iterator[Family]:
@@ -523,7 +531,7 @@ def _all() -> Iterator[Family]:
     yield from _sparse(s)
     yield from _shared_experts(s)
     yield from _stacked(s)
-    for word in _quantizations(s.layers):
+    for word in _quantizations(s, routed=True):
         yield _llama(f"llama-{word}", _BLOCKS, quantization=word)
         yield _qwen3_moe(f"qwen3-moe-{word}", _BLOCKS, quantization=word)
     yield _llama("llama-kv2-fp8-block", replace(_BLOCKS, kv_heads=2), quantization="fp8-block")
