@@ -25,6 +25,7 @@ from ..manifest import Catalog, Layout, Parallel
 from ..memory import placed, regions_for
 from ..transport.base import Region
 from .architecture import catalog_of
+from .casts import Shadow
 from .checkpoint import ModelFiles
 from .declared import Cut, Own, Whole, cuts_of, declare, shares
 from .quantized import holds_quantized
@@ -32,22 +33,6 @@ from .transformers import whole_layout
 
 #: What wrappers put into the names of parameters (torch.compile, activation checkpointing).
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """A parameter that isn't kept in the checkpoint's dtype, and memory of our own that holds it in that dtype."""
-
-    parameter: Tensor
-    memory: Tensor
-
-    def publish(self) -> None:
-        """Cast the parameter's values into the memory."""
-        self.memory.copy_(self.parameter)
-
-    def accept(self) -> None:
-        """Cast what has arrived in the memory into the parameter."""
-        self.parameter.copy_(self.memory)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,7 @@ def replica(
                 coordinator=client, arena=arena, reserve=[checkpoint.offer()], on_bytes=on_bytes,
             )  # fmt: skip
             receipt = load(job)
+            opened.accept()
         seed = None
         if config.source:
             serving = stack.enter_context(opened_transports(config))

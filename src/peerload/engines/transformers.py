@@ -29,10 +29,11 @@ from transformers.distributed import DistributedConfig
 from ..errors import ConfigError, HostError, LayoutError
 from ..geometry import IntArray
 from ..layout.strided import View
-from ..layout.trace import DTYPES, Allocate, Recorder, layout_of, on_meta, view_of
+from ..layout.trace import DTYPES, Allocate, layout_of, on_meta, view_of
 from ..manifest import Catalog, Layout, Parallel, TensorSpec
 from ..memory import Arena
 from .architecture import catalog_of, class_of, config_of, generation_config, quiet
+from .casts import CastRecorder, Shadow
 from .checkpoint import ModelFiles
 from .declared import Whole
 from .quantized import kept, method_of, quantizer_of
@@ -44,13 +45,21 @@ UNSPLIT: Final = Parallel()
 class OpenModel:
     """An engine's model whose parameters lie, yet to be written, at `address` [buffers of layout].
 
-    Owns the memory: `arena` (None: the tensors' own storages) must stay open while the model or a reader uses it."""
+    Owns the memory: `arena` (None: the tensors' own storages) must stay open while the model or a reader uses it.
+    shadows: parameters that the engine keeps in another dtype than the checkpoint's; `address` is that of their shadows."""
 
     model: PreTrainedModel
     layout: Layout
     address: IntArray
     arena: Arena | None
     files: ModelFiles
+    shadows: tuple[Shadow, ...] = ()
+
+    @torch.no_grad()
+    def accept(self) -> None:
+        """Cast what has been written beside parameters into them."""
+        for shadow in self.shadows:
+            shadow.accept()
 
 
 def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0, catalog: Catalog | None = None) -> Layout:
@@ -64,7 +73,7 @@ def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
     with _impersonated(rank, parallel.tp * parallel.pp), quiet(), kept():
-        return _load(files, catalog, parallel, rank, on_meta)[1]
+        return _load(files, catalog, parallel, rank, on_meta).layout
 
 
 def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel] | None = None, *, keep: bool = True) -> Whole:
@@ -73,7 +82,8 @@ def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel
     kind: the model's class (default: as config.json says). keep: quantized weights are kept, not dequantized. Raises
     LayoutError and ConfigError as `layout_for` does."""
     with quiet(), kept(keep):
-        _, layout, local = _load(files, catalog, UNSPLIT, 0, on_meta, kind)
+        loaded = _load(files, catalog, UNSPLIT, 0, on_meta, kind)
+    layout, local = loaded.layout, loaded.local
     first: dict[tuple[int, View], str] = {}
     home = {name: first.setdefault((t.untyped_storage()._cdata, view_of(t)), name) for name, t in local.items() if t.numel()}
     views = {name: View(0, tuple(local[name].shape), tuple(local[name].stride())) for name in layout.buffer_names}
@@ -87,12 +97,14 @@ def open_model(
     *,
     rank: int = 0,
     arena: Callable[[int], Arena] | None = Arena,
+    keep: bool = False,
 ) -> OpenModel:
     """The engine's model on this rank, as a stock load would leave it, but for parameters that nobody has written or
     touched. Needs the process group of `parallel` (or torchrun's environment, from which transformers makes it).
 
     arena: makes the arena that the parameters lie in, given its bytes; None leaves each in a storage of its own, and so
     does a GPU.
+    keep: hold quantized weights as the checkpoint has them even where transformers would dequantize them, having no kernels.
     Raises as `layout_for` does."""
     files = ModelFiles.of(model)
     device = _device(parallel)
@@ -100,11 +112,12 @@ def open_model(
     def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    with quiet(logging.WARNING):
-        loaded, layout, local = _load(files, catalog, parallel, rank, untouched)
+    with quiet(logging.WARNING), kept(keep):
+        loaded = _load(files, catalog, parallel, rank, untouched)
+    layout, local = loaded.layout, loaded.local
     home = None if arena is None or device.type != "cpu" else _settle(layout, local, arena)
     address = np.array([local[name].data_ptr() for name in layout.buffer_names], np.int64)
-    return OpenModel(loaded, layout, address, home, files)
+    return OpenModel(loaded.model, layout, address, home, files, loaded.cast())
 
 
 def stock_model(directory: str | Path, parallel: Parallel = UNSPLIT) -> PreTrainedModel:
@@ -136,7 +149,7 @@ def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
 class _Slices:
     """What stands for a checkpoint tensor in a state dict: the interface of safetensors' slices, answered by a recorder."""
 
-    recorder: Recorder
+    recorder: CastRecorder
     spec: TensorSpec
 
     @property
@@ -162,6 +175,31 @@ class _Slices:
         return self.recorder.source(self.spec.name, [r.start for r in ranges], [len(r) for r in ranges], self.dtype)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loaded:
+    """What the engine's own load has made: its model, this rank's loaded tensors by name, and the dtype that it wanted for
+    those of which the checkpoint has another."""
+
+    model: PreTrainedModel
+    layout: Layout
+    local: Mapping[str, Tensor]
+    wanted: Mapping[str, torch.dtype]
+
+    def cast(self) -> tuple[Shadow, ...]:
+        """Give the parameters their dtypes, in memory of their own; what they had becomes their shadow's. Raises LayoutError."""
+        named = dict([*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)])
+        made: dict[int, Shadow] = {}
+        for name, dtype in self.wanted.items():
+            parameter = named[name]
+            if isinstance(parameter, DTensor):
+                raise LayoutError(f"{name}: the engine casts a part of it from {parameter.dtype} to {dtype}")
+            if id(parameter) not in made:
+                memory = parameter.data
+                parameter.data = torch.empty_like(memory, dtype=dtype)
+                made[id(parameter)] = Shadow(parameter, memory)
+        return tuple(made.values())
+
+
 def _load(
     files: ModelFiles,
     catalog: Catalog,
@@ -169,11 +207,11 @@ def _load(
     rank: int,
     allocate: Allocate,
     kind: type[PreTrainedModel] | None = None,
-) -> tuple[PreTrainedModel, Layout, dict[str, Tensor]]:
-    """The engine's own load on tensors out of `allocate`: (model, layout, this rank's loaded tensors by name)."""
+) -> _Loaded:
+    """The engine's own load on tensors out of `allocate`."""
     config = config_of(files)
     quantizer_of(files)  # refuses what can't be loaded here at all
-    kind, recorder = kind or class_of(config), Recorder(allocate)
+    kind, recorder = kind or class_of(config), CastRecorder(allocate)
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
         # A recorder sees its own thread only.
@@ -196,7 +234,9 @@ def _load(
     local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.known(t)}
     reason = f"unknown to {kind.__name__}"
     ignored = {name: reason for name in report["unexpected_keys"] if name in catalog.row}
-    return model, layout_of(recorder, local, catalog, parallel=parallel, rank=rank, ignored=ignored), local
+    layout = layout_of(recorder, local, catalog, parallel=parallel, rank=rank, ignored=ignored)
+    wanted = {name: recorder.wanted(tensor) for name, tensor in local.items() if tensor.numel()}
+    return _Loaded(model, layout, local, {name: dtype for name, dtype in wanted.items() if dtype != local[name].dtype})
 
 
 def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
