@@ -137,6 +137,7 @@ class _Run:
         self.filled = _Filled.nothing(job.layout.catalog.width)
         self.sources: list[str] = []
         self.read_from: dict[str, Read] = {}
+        self.everybody: dict[str, Read] = {}
         self.failures: dict[SourceId, str] = {}
         self.suspicion: dict[str, int] = {}
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
@@ -308,8 +309,13 @@ class _Run:
                 "the sources hold different weights\n" + _listed(verdict.contradictions),
                 next_step="withdraw the seed that is wrong, or give the weights different revisions",
             )
-        said = [str(m) for m in verdict.mismatches[:20]]
-        doubts = [line for part in self._exchange(json.dumps(said).encode()) for line in json.loads(part)]
+        said = {"doubts": [str(m) for m in verdict.mismatches[:20]], "read": self.read_from}
+        told = [json.loads(part) for part in self._exchange(json.dumps(said).encode())]
+        self.everybody = {}
+        for name, (nbytes, operations) in (item for rank in told for item in rank["read"].items()):
+            before = self.everybody.get(name, Read(0, 0))
+            self.everybody[name] = Read(before.nbytes + nbytes, before.operations + operations)
+        doubts = [line for rank in told for line in rank["doubts"]]
         if doubts and self.rereads >= REREADS:
             raise VerifyError(
                 f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(set(doubts))),
@@ -380,7 +386,7 @@ class _Run:
         left = [row for row in layout.written.tolist() if layout.tensor_of(row).name in self.left]
         needed = Wants.of(layout).nbytes - int(layout.piece_nbytes[left].sum())
         return Receipt(
-            model=str(self.job.model), rank=rank, sources=dict(self.read_from), needed_nbytes=needed,
+            model=str(self.job.model), rank=rank, sources=dict(self.read_from), instance=self.everybody, needed_nbytes=needed,
             wire_nbytes=self.wire_nbytes, operations=self.operations, attached_nbytes=self.attached_nbytes,
             seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
             verified_nbytes=proven, unverified_nbytes=needed - proven, reread_nbytes=self.reread_nbytes,

@@ -24,6 +24,7 @@ class Receipt:
     """One rank's load.
 
     sources: by name, as in `instance/rank 1`, or the path of a checkpoint.
+    instance: the same for all ranks of the instance together.
     needed_nbytes: what the layout wants; wire_nbytes: what was moved for it, rereads and staging overhead included.
     attached_nbytes: the part of wire_nbytes that is mapped out of a peer's memory on this host: shared with it, not moved.
     seconds: by phase (discover, plan, register, transfer, verify, commit), phases of zero length left out; wall_s: all of it.
@@ -37,6 +38,7 @@ class Receipt:
     model: str
     rank: int
     sources: Mapping[str, Read] = field(default_factory=dict)
+    instance: Mapping[str, Read] = field(default_factory=dict)
     needed_nbytes: int
     wire_nbytes: int
     operations: int
@@ -71,7 +73,8 @@ class Receipt:
     def to_dict(self) -> dict[str, object]:
         """For JSON; `digest` in hexadecimal."""
         fields: dict[str, object] = dataclasses.asdict(self)
-        fields["sources"] = {name: {"nbytes": r.nbytes, "operations": r.operations} for name, r in self.sources.items()}
+        for read in ("sources", "instance"):
+            fields[read] = {name: r._asdict() for name, r in getattr(self, read).items()}
         fields["seconds"] = {phase: round(seconds, 6) for phase, seconds in self.seconds.items()}
         fields["digest"] = f"{self.digest:016x}"
         fields["transfer_gb_per_s"] = round(self.transfer_gb_per_s, 3)
@@ -90,3 +93,11 @@ class Receipt:
             f"{self.model} rank {self.rank}: {self.needed_nbytes} bytes in {self.wall_s:.3f} s "
             f"from {len(self.sources)} sources ({rate}; {phases}), {proof}"
         )
+
+
+def readable(nbytes: int) -> str:
+    """For people, in powers of ten as rates are: "14.96 GB", "2 kB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"

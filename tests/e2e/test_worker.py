@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peerload.config import Config
-from peerload.engines.worker import Identity, Worker
+from peerload.engines.worker import Identity, NotFollowed, Worker
 from peerload.errors import LayoutError, PlanError
 from peerload.manifest import Parallel
 from peerload.receipt import Receipt
@@ -82,7 +82,6 @@ class Instance:
     def __init__(self, name: str, tp: int, checkpoint: Path, config: Config) -> None:
         self.name, self.tp, self.checkpoint, self.config = name, tp, checkpoint, config
         self.models = [Toy(tp, rank) for rank in range(tp)]
-        self.from_disk: list[int] = []
         self.launch = uuid.uuid4().hex
         self.workers = [self._worker(rank) for rank in range(tp)]
 
@@ -91,10 +90,9 @@ class Instance:
         return Worker(
             who, self.config, self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
-            load_all=lambda _: self.from_disk.append(rank),
         )  # fmt: skip
 
-    def load(self) -> list[Receipt | None]:
+    def load(self) -> list[Receipt]:
         with ThreadPoolExecutor(self.tp) as pool:
             futures = [pool.submit(w.load, m) for w, m in zip(self.workers, self.models, strict=True)]
             return [f.result() for f in futures]
@@ -128,8 +126,8 @@ def assert_loaded(instance: Instance) -> None:
             assert torch.equal(parameter, wanted[name]), name
 
 
-def sources(receipts: list[Receipt | None]) -> set[str]:
-    return {name.split("/")[0] for r in receipts if r is not None for name in r.sources}
+def sources(receipts: list[Receipt]) -> set[str]:
+    return {name.split("/")[0] for r in receipts for name in r.sources}
 
 
 def configured(url: str, **changes: object) -> Config:
@@ -148,10 +146,10 @@ def test_any_tp_feeds_any_other_what_post_processing_has_left_or_copies_kept(
             receipts = target.load()
         assert sources(receipts) == {"seed"}
         assert_loaded(target)
-        left = {name for r in receipts if r is not None for name in r.left}
+        left = {name for r in receipts for name in r.left}
         # What a rank has computed, only the same rank of another instance of that size holds.
         assert left == (set() if tp == seed_tp else {f"decay by toy 1.0 tp{tp} ep1 pp1 rank {r}" for r in range(tp)})
-        assert "verified by digest" in caplog.text
+        assert "100.0 % of its bytes verified" in caplog.text
 
 
 def test_what_was_rewritten_and_not_kept_comes_from_disk_and_the_log_says_so(
@@ -178,3 +176,19 @@ def test_without_fallback_it_names_what_nobody_holds(url: str, checkpoint: Path)
         named = {hole.tensor for hole in caught.value.holes}
         assert named == {"down.weight", "scale"}
         assert all(torch.isnan(p).all() for p in target.models[0].parameters())
+
+
+class Odd(Toy):
+    """Its loader looks at values."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights((name, tensor) for name, tensor in weights if name != "scale" or tensor.max().item() > 0)
+
+
+def test_a_model_that_cannot_be_followed_is_given_back_to_its_engine_or_refused(url: str, checkpoint: Path) -> None:
+    for fallback, kind in (("disk", NotFollowed), ("fail", LayoutError)):
+        with Instance("target", 1, checkpoint, configured(url, fallback=fallback)) as target:
+            target.models = [Odd(1, 0)]
+            with pytest.raises(kind, match="scale") as caught:
+                target.load()
+            assert type(caught.value) is kind

@@ -18,6 +18,7 @@ from ..geometry import IntArray
 from ..layout.loader import Traced
 from ..layout.reachable import reachable_tensors
 from ..manifest import Layout, Pieces
+from ..receipt import readable
 from ..space import Space, digest_layout, space_on
 
 REWRITTEN = "rewritten by post-processing"
@@ -36,10 +37,10 @@ class Offered:
     lost: Mapping[str, str]
 
     def __str__(self) -> str:
-        text = f"{self.layout.buffer_nbytes.sum()} bytes of {len(self.memory)} parameters as they were loaded"
+        text = f"{readable(int(self.layout.buffer_nbytes.sum()))} of {len(self.memory)} parameters as they were loaded"
         if self.copies:
             copied = sum(m.nbytes for m in self.memory[-self.copies :])
-            text += f", {copied} bytes of them ({self.copies} parameters) in copies"
+            text += f", {readable(copied)} of them ({self.copies} parameters) in copies"
         if self.lost:
             name, reason = next(iter(self.lost.items()))
             text += f"; {len(self.lost)} are not offered ({name}: {reason}), targets get them elsewhere"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import logging
 import socket
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 import vllm
 from torch import Tensor, nn
@@ -20,7 +22,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..manifest import Parallel
-from .worker import Identity, Worker
+from .worker import Identity, NotFollowed, Worker
+
+log = logging.getLogger(__name__)
+
+#: Of this process, whose seeds end when it changes its weights.
+_WORKERS: Final[list[Worker]] = []
 
 
 class PeerloadLoader(BaseModelLoader):
@@ -40,21 +47,26 @@ class PeerloadLoader(BaseModelLoader):
         self._disk.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Build, load, post-process, then serve others until the process ends."""
+        """Build, load, post-process, then serve others until the process ends or the weights change."""
         self._whole = vllm_config
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        assert self._worker is not None, "load_model calls load_weights"
-        self._worker.serve(model)
-        return model
+        try:
+            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        except NotFollowed as error:
+            reason = error.message  # the error holds on to the model
+        else:
+            assert self._worker is not None, "load_model calls load_weights"
+            self._worker.serve(model)
+            return model
+        log.warning("peerload: %s; vLLM loads it from disk, and this instance is no seed of it", reason)
+        vllm_config.compilation_config.static_forward_context.clear()  # the layers of the model that is given up
+        return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        if self._whole is None:  # vLLM loads new weights into a model that is there, and says no more
+        if self._whole is None:  # vLLM loads new weights into a model that is there
+            for worker in _WORKERS:
+                worker.close()
             self._disk.load_weights(model, model_config)
             return
-
-        def load_all(model: nn.Module) -> None:
-            self._disk.load_weights(model, model_config)
-
         traced = False
 
         def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
@@ -72,8 +84,8 @@ class PeerloadLoader(BaseModelLoader):
             self._config,
             Path(model_config.model),
             load_weights=load_weights,
-            load_all=load_all,
         )
+        _WORKERS.append(self._worker)
         atexit.register(self._worker.close)
         self._worker.load(model)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import ConfigError, LayoutError, ManifestError, PeerloadError
+from ..errors import ConfigError, LayoutError, ManifestError
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
 from ..manifest import ModelKey, Parallel
 from ..memory import placed, regions_for
-from ..receipt import Receipt
+from ..receipt import Receipt, readable
 from ..rpc.client import CoordinatorClient
 from ..seed import Seed
 from ..transport.base import Region
@@ -35,8 +35,12 @@ from .loaded import Loaded, device_of
 
 log = logging.getLogger(__name__)
 
-#: What an engine's model does with checkpoint tensors: its own `load_weights`.
-LoadWeights = Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object]
+#: Seconds between two lines of progress.
+PROGRESS_S = 2.0
+
+
+class NotFollowed(LayoutError):
+    """This model can't come from peers; its engine may build it anew and load it from disk. All ranks find the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,13 @@ class Identity:
     rank: int
     size: int
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} of {self.size} ({self.engine}, {self.parallel})"
-
 
 class Worker:
     """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
 
-    directory: the checkpoint. load_weights: the model's own loader, as the engine calls it. load_all: the engine's own load of
-    everything from disk, for models that can't be followed. finish: what the engine computes out of loaded parameters while it
-    loads (absorbed MLA weights), to be run again when the bytes are there; None if it has no such step."""
+    directory: the checkpoint. load_weights: the model's own loader, as the engine calls it. finish: what the engine computes
+    out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there; None if it has
+    no such step."""
 
     def __init__(
         self,
@@ -68,33 +69,24 @@ class Worker:
         config: Config,
         directory: Path,
         *,
-        load_weights: LoadWeights,
-        load_all: Callable[[nn.Module], object],
+        load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self._identity, self._config, self._directory = identity, config, directory
-        self._load_weights, self._load_all, self._finish = load_weights, load_all, finish
+        self._load_weights, self._finish = load_weights, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
 
-    def load(self, model: nn.Module) -> Receipt | None:
-        """Fill the parameters of `model`, of which nothing has been loaded yet. None if its engine loaded all of them from
-        disk because it can't be followed. Raises what `peerload.load` raises."""
-        begun_s = time.perf_counter()
+    def load(self, model: nn.Module) -> Receipt:
+        """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
+        where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
         try:
             checkpoint = Checkpoint.open(self._directory)
             traced = self._trace(model, checkpoint)
         except (LayoutError, ConfigError, ManifestError) as error:
-            self._refuse(error)
-            self._load_all(model)
-            return None
-        traced_s = time.perf_counter() - begun_s
-        layout = traced.layout
-        log.info(
-            "%s: %d bytes of %d parameters are %d pieces of %d checkpoint tensors (traced in %.2f s)", self._identity,
-            layout.buffer_nbytes.sum(), len(layout.buffer_names), len(layout.pieces), len(np.unique(layout.pieces.tensor)),
-            traced_s,
-        )  # fmt: skip
+            if self._config.fallback != "disk":
+                raise
+            raise NotFollowed(error.message, next_step=error.next_step) from error
         key = checkpoint.key(self._config.model_name, self._config.revision)
         receipt = self._fill(key, checkpoint, traced)
         if receipt.left:
@@ -115,7 +107,7 @@ class Worker:
         (key, loaded), self._loaded = self._loaded, None
         offered = loaded.offered(model, threads=self._config.threads)
         if not len(offered.layout.pieces):
-            log.warning("%s: not a seed: post-processing has rewritten every parameter", self._identity)
+            self._say("no seed: post-processing has rewritten every parameter")
             return None
         client = self._stack.enter_context(CoordinatorClient(self._config.url))
         self._stack.callback(offered.memory.clear)  # after the transports, which read it
@@ -129,7 +121,7 @@ class Worker:
             threads=self._config.threads,
         )  # fmt: skip
         self._stack.enter_context(seed)
-        log.info("%s: seed %s of %s: %s", self._identity, self._identity.instance, key, offered)
+        self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
         return seed
 
     def close(self) -> None:
@@ -137,75 +129,81 @@ class Worker:
         self._stack.close()
 
     def _trace(self, model: nn.Module, checkpoint: Checkpoint) -> Traced:
+        begun_s, who = time.perf_counter(), self._identity
+
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> object:
             return self._load_weights(model, weights)
 
-        who = self._identity
         traced = trace_loader(model, load_weights, checkpoint.catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
-            raise LayoutError(
-                f"{path}: {how}, and {who.engine} has no step that would compute it again"
-                + (f" ({len(traced.hidden) - 1} more like it)" if len(traced.hidden) > 1 else ""),
-                next_step="let the engine load this model itself",
-            )
-        return traced
-
-    def _refuse(self, error: PeerloadError) -> None:
-        """Whether the engine's own load is an answer to `error`. All ranks come to the same conclusion by themselves."""
-        if self._config.fallback != "disk":
-            raise error
-        log.warning(
-            "%s: %s; %s loads everything from disk, and this instance won't be a seed", self._identity, error.message,
-            self._identity.engine,
+            more = f" ({len(traced.hidden) - 1} more like it)" if len(traced.hidden) > 1 else ""
+            raise LayoutError(f"{path}: {how}, and {who.engine} has no step of its own that would make it again{more}")
+        layout = traced.layout
+        self._say(
+            "%s is %s, %d ranks, %s; %d parameters of a rank hold parts of %d checkpoint tensors, %d derived (traced in %.2f s)",
+            who.instance, who.engine, who.size, who.parallel, len(layout.buffer_names),
+            len(np.unique(layout.pieces.tensor)) - len(traced.derived), len(traced.derived), time.perf_counter() - begun_s,
         )  # fmt: skip
+        return traced
 
     def _fill(self, key: ModelKey, checkpoint: Checkpoint, traced: Traced) -> Receipt:
         who, config = self._identity, self._config
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         member = Member(who.instance, who.rank, who.size, who.launch)
-        progress = _Progress(who)
         with CoordinatorClient(config.url) as client, opened_transports(config, device_of(tensors)) as transports:
             job = Job(
                 key, traced.layout, address, _regions(tensors, config), member, transports, config, coordinator=client,
-                reserve=[checkpoint.offer()], derives=config.fallback == "disk", on_bytes=progress,
+                reserve=[checkpoint.offer()], derives=config.fallback == "disk", on_bytes=_Progress(self._say),
             )  # fmt: skip
             return load(job)
 
-    def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Iterable[str]) -> None:
+    def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
         derived = [traced.derived[name] for name in names]
         wanted = sorted({name for d in derived for name in d.covers})
-        log.info(
-            "%s: %d derived tensors that no seed has (%s: %s) are made by %s from %d checkpoint tensors on disk", self._identity,
+        self._say(
+            "no seed has %d derived tensors (%s: %s): %s makes them from %d checkpoint tensors on disk",
             len(derived), derived[0].parameter, derived[0].reason, self._identity.engine, len(wanted),
         )  # fmt: skip
         self._load_weights(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
-        who = self._identity
-        for name, read in receipt.sources.items():
-            log.info("%s: %d bytes from %s (%d operations)", who, read.nbytes, name, read.operations)
-        total = receipt.needed_nbytes or 1
-        log.info(
-            "%s: %.2f GB/s on the wire (%d bytes, %.3fx what is needed); %.1f %% verified by digest; %s; %.2f s in all",
-            who, receipt.transfer_gb_per_s, receipt.wire_nbytes, receipt.overhead, 100 * receipt.verified_nbytes / total,
-            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items()), receipt.wall_s,
+        """What came from where, how fast, and whether it is proven."""
+        found: dict[str, int] = {}
+        for name, read in receipt.instance.items():
+            source = name.rpartition("/rank ")[0] or name
+            found[source] = found.get(source, 0) + read.nbytes
+        for source, nbytes in sorted(found.items(), key=lambda item: -item[1]):
+            self._say("%s from %s", readable(nbytes), source)
+        self._say(
+            "rank %d: %s in %.2f s at %.2f GB/s, %.3fx of what it needs on the wire (%s)", receipt.rank,
+            readable(receipt.needed_nbytes), receipt.wall_s, receipt.transfer_gb_per_s, receipt.overhead,
+            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items()),
         )  # fmt: skip
+        total = receipt.verified_nbytes + receipt.unverified_nbytes
+        self._say(
+            "rank %d: %.1f %% of its bytes verified by the seeds' digests; all %d ranks have committed",
+            receipt.rank, 100 * receipt.verified_nbytes / max(1, total), self._identity.size,
+        )  # fmt: skip
+
+    def _say(self, text: str, *values: object) -> None:
+        """Rank 0 speaks for the instance; the others only to who debugs."""
+        log.log(logging.INFO if self._identity.rank == 0 else logging.DEBUG, f"peerload: {text}", *values)
 
 
 class _Progress:
-    """A log line every two seconds at most."""
+    """A line now and then."""
 
-    def __init__(self, who: Identity) -> None:
-        self._who, self._next_s = who, time.monotonic() + 2.0
+    def __init__(self, say: Callable[..., None]) -> None:
+        self._say, self._next_s = say, time.monotonic() + PROGRESS_S
 
     def __call__(self, phase: str, done: int, wanted: int) -> None:
         now_s = time.monotonic()
         if now_s >= self._next_s:
-            self._next_s = now_s + 2.0
-            log.info("%s: %s: %.0f %% of %d bytes", self._who, phase, 100 * done / max(1, wanted), wanted)
+            self._next_s = now_s + PROGRESS_S
+            self._say("%s: %.0f %% of %s", phase, 100 * done / max(1, wanted), readable(wanted))
 
 
 def _regions(tensors: Iterable[Tensor], config: Config) -> list[Region]:

@@ -1,0 +1,111 @@
+"""A vLLM instance as a process of its own, for tests: a real `LLM` with its workers, asked over pipes.
+
+As a script: reads one JSON object of `LLM` arguments from standard input, then answers each line ("tokens", "sha256") with one
+line of JSON on standard output, and ends with standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+PROMPTS = [[5, 17, 300, 42], [9, 8, 7, 6, 5, 4]]
+#: vLLM on a CPU, offline, quietly, with workers that may share cores.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}  # fmt: skip
+
+
+class Vllm:
+    """A running instance. Starting it takes half a minute and more; `__enter__` waits until it serves."""
+
+    def __init__(self, model: Path, tp: int, config: dict[str, object] | None = None, *, keep: bool = True, **arguments: object):
+        self._arguments: dict[str, object] = {
+            "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
+            "max_num_seqs": 4, "disable_log_stats": True, "skip_tokenizer_init": True, "worker_extension_cls": "workers.Looks",
+            **arguments,
+        }  # fmt: skip
+        if config is not None:
+            self._arguments |= {"load_format": "peerload", "model_loader_extra_config": config}
+        self._keep = keep
+        self._log = tempfile.TemporaryFile("w+")
+
+    def __enter__(self) -> Vllm:
+        here = str(Path(__file__).parent)
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": here, **({"KEEP_WEIGHTS": "1"} if self._keep else {})}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+        )  # fmt: skip
+        self._tell(self._arguments)
+        return self
+
+    def wait(self) -> Vllm:
+        """Until it serves. Several may be started before the first is waited for."""
+        self._answer()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def log(self) -> str:
+        """What it has said on standard error so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def tokens(self) -> list[list[int]]:
+        """The twelve that greedily follow each prompt."""
+        self._tell("tokens")
+        return self._answer()  # type: ignore[return-value]
+
+    def sha256(self) -> list[dict[str, str]]:
+        """[ranks], of every tensor by its path."""
+        self._tell("sha256")
+        return self._answer()  # type: ignore[return-value]
+
+    def _tell(self, message: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> object:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        raise AssertionError(f"vLLM ended with {self._process.wait()}\n{self.log[-8000:]}")
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    def answer(value: object) -> None:
+        sys.stdout.write(f"ANSWER {json.dumps(value)}\n")
+        sys.stdout.flush()
+
+    llm = LLM(**json.loads(sys.stdin.readline()))
+    answer("ready")
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    for line in sys.stdin:
+        if json.loads(line) == "tokens":
+            found = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
+            answer([list(f.outputs[0].token_ids) for f in found])
+        else:
+            answer(llm.collective_rpc("sha256_of_tensors"))
+    llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Real vLLM instances load from each other at other TP sizes, and end up with every tensor as after a load from disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from engine import Vllm
+
+from peerload.rpc.server import Coordinator, serve
+from peerload.testing.families import FAMILIES, write_family
+
+#: With two KV heads, so that at TP4 each lies on two ranks.
+DENSE, SPARSE = "llama-kv2", "qwen3-moe-kv2"
+#: The instance's line about what came from a source.
+RECEIVED = re.compile(r"peerload: ([0-9.]+ [kMG]?B) from (\S+)")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_family(root / name, FAMILIES[name]) for name in (DENSE, SPARSE)}
+
+
+class Fleet:
+    """Instances that are started once and shared by the tests. Each seed has a coordinator of its own, so that a target has
+    no choice."""
+
+    def __init__(self, models: dict[str, Path], stack: ExitStack) -> None:
+        self._models, self._stack = models, stack
+        self._seeds: dict[tuple[str, int], tuple[Vllm, Coordinator]] = {}
+        self._stock: dict[tuple[str, int], tuple[list[dict[str, str]], list[list[int]]]] = {}
+
+    def seed(self, model: str, tp: int) -> tuple[Vllm, Coordinator]:
+        if (model, tp) not in self._seeds:
+            coordinator = self._stack.enter_context(serve("127.0.0.1:0"))
+            # vLLM frees linear weights on a CPU once it has packed them: a seed there has to keep copies of all.
+            config = {"url": coordinator.address, "retain_bytes": 1 << 30}
+            self._seeds[model, tp] = self._stack.enter_context(Vllm(self._models[model], tp, config)).wait(), coordinator
+        return self._seeds[model, tp]
+
+    @contextmanager
+    def target(self, model: str, tp: int, *, seed_tp: int, **config: object) -> Iterator[Vllm]:
+        """One that can only load from the seed of size `seed_tp`."""
+        _, coordinator = self.seed(model, seed_tp)
+        told = {"url": coordinator.address, "source": False, "fallback": "fail", **config}
+        with Vllm(self._models[model], tp, told) as running:
+            yield running.wait()
+
+    def stock(self, model: str, tp: int) -> tuple[list[dict[str, str]], list[list[int]]]:
+        """sha256 by rank and tensor, and tokens, of an instance that vLLM has loaded from disk by itself."""
+        if (model, tp) not in self._stock:
+            with Vllm(self._models[model], tp) as running:
+                running.wait()
+                self._stock[model, tp] = running.sha256(), running.tokens()
+        return self._stock[model, tp]
+
+
+@pytest.fixture(scope="module")
+def fleet(models: dict[str, Path]) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        yield Fleet(models, stack)
+
+
+def sources(instance: Vllm) -> set[str]:
+    """Where its log says that its bytes came from: "disk", "peer"."""
+    return {"disk" if source.startswith("disk:") else "peer" for _, source in RECEIVED.findall(instance.log)}
+
+
+def assert_equals_stock(fleet: Fleet, model: str, tp: int, instance: Vllm) -> None:
+    tensors, tokens = fleet.stock(model, tp)
+    mine = instance.sha256()
+    assert [sorted(rank) for rank in mine] == [sorted(rank) for rank in tensors]
+    wrong = [f"rank {r}: {path}" for r, rank in enumerate(tensors) for path, sha in rank.items() if mine[r][path] != sha]
+    assert not wrong
+    assert instance.tokens() == tokens
+
+
+@pytest.mark.timeout(900)
+def test_without_a_seed_it_loads_from_disk_and_becomes_one(fleet: Fleet) -> None:
+    first, _ = fleet.seed(DENSE, 1)
+    assert sources(first) == {"disk"}
+    assert "peerload: seed " in first.log
+    assert_equals_stock(fleet, DENSE, 1, first)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("model", "seed_tp", "tp"),
+    [(DENSE, 1, 1), (DENSE, 1, 2), (DENSE, 2, 1), (DENSE, 2, 4), (SPARSE, 1, 2), (SPARSE, 2, 4)],
+)
+def test_a_new_instance_loads_from_a_running_one(
+    fleet: Fleet, model: str, seed_tp: int, tp: int, record_property: Callable[[str, object], None]
+) -> None:
+    with fleet.target(model, tp, seed_tp=seed_tp) as target:
+        assert sources(target) == {"peer"}
+        assert "100.0 % of its bytes verified" in target.log
+        assert_equals_stock(fleet, model, tp, target)
+    record_property("cell", {"engine": "vllm", "family": model, "seed_tp": seed_tp, "tp": tp})

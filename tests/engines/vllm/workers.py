@@ -1,0 +1,31 @@
+"""What tests ask of a vLLM worker, in its own process (`worker_extension_cls`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+import vllm._custom_ops
+from torch import nn
+
+from peerload.layout.reachable import reachable_tensors
+
+if os.environ.get("KEEP_WEIGHTS"):
+    # vLLM's CPU backend packs linear weights for oneDNN, out of sight, and frees them. Without, they stay to be looked at.
+    vllm._custom_ops._supports_onednn = False
+
+
+class Looks:
+    """Mixed into vLLM's worker."""
+
+    def sha256_of_tensors(self) -> dict[str, str]:
+        """By dotted path, of every tensor the model holds, buffers and plain attributes included."""
+        model: nn.Module = self.model_runner.model  # type: ignore[attr-defined]
+        return {path: _sha256(t) for path, t in reachable_tensors(model).items()}
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    shape = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(shape + flat.numpy().tobytes()).hexdigest()
