@@ -39,8 +39,9 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
 
 
 @pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PEERLOAD_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def write(tmp_path: Path, family: Family, **changes: object) -> Path:

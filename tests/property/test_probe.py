@@ -16,7 +16,7 @@ from peerload.errors import ConfigError, LayoutError  # noqa: E402
 from peerload.layout.agree import agree  # noqa: E402
 from peerload.layout.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
 from peerload.layout.compress import strided_boxes, strided_runs  # noqa: E402
-from peerload.layout.decoded import decoded_layout, packed_boxes  # noqa: E402
+from peerload.layout.decoded import decoded_layout, told_boxes  # noqa: E402
 from peerload.layout.probe import COMPUTED, CONSTANT, UNWRITTEN, Probed, changes, probe  # noqa: E402
 from peerload.layout.trace import DTYPES, Recorder, layout_of  # noqa: E402
 from peerload.manifest import Catalog, Layout, Parallel, TensorSpec  # noqa: E402
@@ -324,7 +324,7 @@ def test_nibbles_are_followed_through_a_repack() -> None:
     layout = decoded_layout(probed)
     assert [o.name for o in layout.opaques] == ["r"]
     assert "boxes of 4-bit units: q[" in layout.opaques[0].reason
-    assert packed_boxes(probed, seen) == layout.opaques[0].reason
+    assert told_boxes(probed, seen) == layout.opaques[0].reason
     assert probed.numbering.name(9) == "q[0, 1] bits 4:8"
 
 

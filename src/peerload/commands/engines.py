@@ -8,8 +8,10 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -42,16 +44,15 @@ _IN_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """A rank's layout. derived: logical tensors that only the engine can make, each with the reason; made: tensors in which the
-    checkpoint has no part; hidden: what the engine keeps of the checkpoint outside the layout, with the reason. seconds: to
-    derive or read it, imports apart; cached: it came out of a file."""
+    """What an engine says of a rank. seconds: to derive or read it, imports apart. cached: it came out of a file."""
 
-    layout: Layout
-    derived: Mapping[str, str]
-    made: tuple[str, ...]
-    hidden: Mapping[str, str]
+    kept: Kept
     seconds: float
     cached: bool
+
+    @property
+    def layout(self) -> Layout:
+        return self.kept.layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,10 @@ class Engine:
         if layers is not None:
             files = _cut(files, layers)
         return cls(name, files, checkpoint, folder, layers)
+
+    def start(self) -> None:
+        """Import the engine. Raises ConfigError when that fails."""
+        self._module("")
 
     @cached_property
     def version(self) -> str:
@@ -111,29 +116,34 @@ class Engine:
     def layout(self, parallel: Parallel, rank: int) -> Answer:
         """Raises LayoutError for what the engine does that can't be described, ConfigError for what it doesn't have."""
         key, cache = self._key(parallel, rank), self._cache
-        kept, seconds = _clocked(lambda: None if cache is None else cache.get(key))
-        cached = kept is not None
-        if kept is None:
-            self._module("")
-            kept, seconds = _clocked(lambda: self._derived(parallel, rank))
-            if cache is not None:
-                cache.put(key, kept)
-        return Answer(kept.layout, kept.derived, kept.made, kept.hidden, seconds, cached)
+        old, seconds = _clocked(lambda: None if cache is None else cache.get(key))
+        if old is not None:
+            return Answer(old, seconds, cached=True)
+        self._module("")
+        with redirect_stdout(sys.stderr):
+            new, seconds = _clocked(lambda: self._derived(parallel, rank))
+        if cache is not None:
+            cache.put(key, new)
+        return Answer(new, seconds, cached=False)
 
     def _derived(self, parallel: Parallel, rank: int) -> Kept:
         from ..layout.cache import Kept
 
         if self.name == "transformers":
             return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog))
-        traced = self._module("").trace_layout(self.files, parallel, rank, self.catalog)
+        traced = self._module("").trace_layout(self.files, parallel, rank, catalog=self.catalog)
         return Kept(traced.layout, {name: d.reason for name, d in traced.derived.items()}, traced.made, traced.hidden)
 
-    def probe(self, parallel: Parallel, rank: int, *, processed: bool) -> Probed:
-        """By loading coded values into the engine's real model, which must fit into memory. Never cached."""
-        if self.name == "transformers":
-            found: Probed = self._module("_probe").probe_layout(self.files, parallel, rank, self.catalog)
-        else:
-            found = self._module("").probe_layout(self.files, parallel, rank, self.catalog, processed=processed)
+    def probe(self, parallel: Parallel, rank: int, *, processed: bool, bits: int | None = None) -> Probed:
+        """By loading coded values into the engine's real model, which must fit into memory. bits: of packed numbers, to follow
+        these one by one. Never cached."""
+        with redirect_stdout(sys.stderr):
+            if self.name == "transformers":
+                found: Probed = self._module("_probe").probe_layout(self.files, parallel, rank, self.catalog, bits=bits)
+            else:
+                found = self._module("").probe_layout(
+                    self.files, parallel, rank, catalog=self.catalog, processed=processed, bits=bits
+                )  # fmt: skip
         return found
 
     @cached_property
@@ -143,18 +153,19 @@ class Engine:
         return None if self.folder is None else LayoutCache(self.folder)
 
     def _key(self, parallel: Parallel, rank: int) -> LayoutKey:
-        from ..layout.cache import LayoutKey, device_capability, model_digest
+        from ..layout.cache import LayoutKey, device_capability, model_digest, tracer_digest
 
         quantization = self.files.config.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        model = model_digest(self.files.contents["config.json"], self.catalog)
         return LayoutKey(
-            self.name, self.version, model_digest(self.files.contents["config.json"], self.catalog), str(method or ""), parallel,
-            rank, device_capability(),
+            self.name, self.version, tracer_digest(), model, str(method or ""), parallel, rank, device_capability()
         )  # fmt: skip
 
     def _module(self, suffix: str) -> ModuleType:
         try:
-            return importlib.import_module(f"..engines.{self.name}{suffix}", __package__)
+            with redirect_stdout(sys.stderr):  # engines log there, and keep the stream that they find
+                return importlib.import_module(f"..engines.{self.name}{suffix}", __package__)
         except ImportError as error:
             raise ConfigError(
                 f"{self.name} {self.version} is installed, but can't be imported here: {error}", next_step=ENGINES[self.name][1]

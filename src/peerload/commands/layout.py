@@ -43,6 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=None, metavar="N", help="as if the model had N layers")
     parser.add_argument("--tensors", default="*", metavar="PATTERN", help="only parameters or tensors like this, as in '*.norm*'")
     parser.add_argument("--probe", action="store_true", help="load coded values into the real model and compare")
+    parser.add_argument(
+        "--bits", type=int, choices=(2, 4, 8), default=None,
+        help="with --probe: follow packed numbers of so many bits, each by itself (for 4-bit weights)",
+    )  # fmt: skip
     add_parallel(parser)
 
 
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise ConfigError(
                 f"no parameter or tensor is like {args.tensors!r}", next_step=f"names look like {answer.layout.buffer_names[0]}"
             )
-        verdict = _probe(engine, answer, parallel, rank) if args.probe else None
+        verdict = _probe(engine, answer, parallel, rank, args.bits) if args.probe else None
         _show(console, f"{args.model} under {engine.name} {engine.version}, {parallel}, rank {rank}", answer, rows, verdict)
         ranks.append(_document(answer, rows, verdict))
         differences += [f"rank {rank}: {d}" for d in verdict.differences] if verdict else []
@@ -126,7 +130,7 @@ def regions(answer: Answer) -> Iterator[Region]:
         spec, buffer = layout.tensor_of(piece), int(layout.pieces.buffer[piece])
         strides = tuple(layout.pieces.stride[piece, layout.pieces.stride.shape[1] - len(spec.shape) :].tolist())
         offset, nbytes = int(layout.pieces.offset[piece]), int(layout.piece_nbytes[piece])
-        name, note = layout.buffer_names[buffer], answer.derived.get(spec.name, "")
+        name, note = layout.buffer_names[buffer], answer.kept.derived.get(spec.name, "")
         found.append((buffer, Region(name, offset, nbytes, spec.name, str(layout.box_of(piece)), strides, note)))
     for c in layout.constants:
         note = f"constant 0x{c.fill[::-1].hex()} in {list(c.shape)}"
@@ -139,18 +143,24 @@ def regions(answer: Answer) -> Iterator[Region]:
     return (region for _, region in sorted(found, key=lambda f: (f[0], f[1].offset)))
 
 
-def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int) -> Verdict:
+def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: int | None) -> Verdict:
     from ..layout.agree import agree
+    from ..layout.decoded import told_boxes
     from ..layout.probe import changes
 
-    loaded = engine.probe(parallel, rank, processed=False)
+    loaded = engine.probe(parallel, rank, processed=False, bits=bits)
     found = agree(answer.layout, loaded)
     wrong = {d.partition(": ")[0] for d in found}
     agreed = sum(name not in wrong for name in answer.layout.buffer_names)
     if not engine.post_processes:
         return Verdict(agreed, tuple(found), {}, loaded.seconds)
-    processed = engine.probe(parallel, rank, processed=True)
-    return Verdict(agreed, tuple(found), changes(loaded, processed), loaded.seconds + processed.seconds)
+    processed = engine.probe(parallel, rank, processed=True, bits=bits)
+    changed = changes(loaded, processed)
+    for name, (kind, why) in changed.items():
+        if kind == "permuted":
+            boxes = told_boxes(processed, processed.buffers[name])
+            changed[name] = (kind, f"{why}; {boxes}" if why else boxes)
+    return Verdict(agreed, tuple(found), changed, loaded.seconds + processed.seconds)
 
 
 def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -> dict[str, object]:
@@ -159,7 +169,8 @@ def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -
         "rank": layout.rank, "parameters": len(layout.buffer_names), "nbytes": int(layout.buffer_nbytes.sum()),
         "pieces": len(layout.written), "constants": len(layout.constants), "opaque": len(layout.opaques),
         "seconds": round(answer.seconds, 4), "cached": answer.cached, "regions": [r.document() for r in rows],
-        "derived": dict(answer.derived), "made": answer.made, "hidden": dict(answer.hidden), "aliases": dict(layout.aliases),
+        "derived": dict(answer.kept.derived), "made": answer.kept.made, "hidden": dict(answer.kept.hidden),
+        "aliases": dict(layout.aliases),
         "ignored": dict(layout.ignored), **({"probe": verdict.document()} if verdict else {}),
     }  # fmt: skip
 
@@ -171,11 +182,11 @@ def _show(console: Console, title: str, answer: Answer, rows: Sequence[Region], 
         console.text(f"... and {len(rows) - MOST_ROWS} more regions: choose with --tensors, or see all with --json")
     for name, other in answer.layout.aliases.items():
         console.text(f"tied: {name} is {other}")
-    _listed(console, "derived", answer.derived)
-    _listed(console, "kept outside of parameters", answer.hidden)
+    _listed(console, "derived", answer.kept.derived)
+    _listed(console, "kept outside of parameters", answer.kept.hidden)
     _listed(console, "ignored", answer.layout.ignored)
-    if answer.made:
-        console.text(f"not of the checkpoint: {', '.join(answer.made[:8])}{', ...' if len(answer.made) > 8 else ''}")
+    if answer.kept.made:
+        console.text(f"not of the checkpoint: {', '.join(answer.kept.made[:8])}{', ...' if len(answer.kept.made) > 8 else ''}")
     console.text(summary(answer.layout, answer.seconds, cached=answer.cached))
     if verdict is not None:
         _tell(console, len(answer.layout.buffer_names), verdict)

@@ -5,6 +5,7 @@ Examples:
   peerload plan --model config.json --from tp=2 --to tp=4
   peerload plan --model /models/my-llama --from tp=4 --to tp=2,pp=2 --rank 3 --transport nixl
   peerload plan --model /models/my-llama --from disk --to tp=4 --tensors '*.layers.0.*'
+  peerload plan --model /models/my-moe --from tp=8,ep=8 --to tp=4,ep=4 --engine vllm
 
 If no plan exists, the exit status is 3 and the holes (wanted boxes that nobody holds) and refusals (offers left out) are named.
 
@@ -35,6 +36,7 @@ from ..transport.base import Limits
 from ..transport.files import FilesTransport
 from ..transport.local import LocalTransport
 from ..transport.nixl import NixlTransport
+from .engines import Engine, add_engine
 from .options import add_config, config_of, parse_parallel
 
 T = TypeVar("T")
@@ -61,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensors", default="", metavar="PATTERN", help="also show every copy of tensors like this, as in '*.norm*'"
     )
+    add_engine(parser, "transformers")
     add_config(parser, "transport", "match", "staging_bytes")
 
 
@@ -142,14 +145,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ask = _Ask.of(args)
     with console.progress() as progress:
         bar = progress.add_task(f"laying out {args.held} and {ask.target}", total=None)
-        offers, layouts = _lay_out(args.model, ask, lambda: progress.advance(bar))
+        offers, layouts = _lay_out(args, ask, lambda: progress.advance(bar))
     ranks = [_plan(layout, seconds, offers, ask) for layout, seconds in layouts]
     copies = [row for rank in ranks for row in _copies(rank.plan, args.tensors)] if args.tensors else []
     catalog = layouts[0][0].catalog
     if args.tensors and not copies:
         raise ConfigError(f"no tensor is like {args.tensors!r}", next_step=f"names look like {catalog.names[0]}")
     document: dict[str, object] = {
-        "model": str(args.model), "tensors": len(catalog), "nbytes": catalog.nbytes, "from": args.held, "to": str(ask.target),
+        "model": str(args.model), "engine": args.engine, "tensors": len(catalog), "nbytes": catalog.nbytes,
+        "from": args.held, "to": str(ask.target),
         "transport": ask.transport, "match": ask.config.match,
         "sources": [{"source": str(o.source), "parallel": str(o.layout.parallel), "nbytes": o.layout.nbytes} for o in offers],
         "seconds": {name: round(s, 4) for name, s in ask.seconds.items()}, "ranks": [rank.document() for rank in ranks],
@@ -166,32 +170,30 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _lay_out(model: Path, ask: _Ask, advance: Callable[[], None]) -> tuple[list[Offer], list[tuple[Layout, float]]]:
+def _lay_out(args: argparse.Namespace, ask: _Ask, advance: Callable[[], None]) -> tuple[list[Offer], list[tuple[Layout, float]]]:
     """The offers of every source rank, and each target rank's layout with the seconds it took."""
-    with _timed(ask, "import"):
-        from ..engines.architecture import catalog_of
-        from ..engines.checkpoint import Checkpoint, ModelFiles
-        from ..engines.transformers import layout_for
-    files = ModelFiles.of(model)
     offers: list[Offer] = []
+    engine = Engine.of(args.engine, args.model, args.cache)
+    with _timed(ask, "import"):
+        engine.start()
     with _timed(ask, "catalog"):
-        checkpoint = Checkpoint.open(model) if model.is_dir() and any(model.glob("*.safetensors")) else None
-        catalog = catalog_of(files) if checkpoint is None else checkpoint.catalog
+        _ = engine.catalog
     with _timed(ask, "source_layouts"):
         if ask.source is None:
-            if checkpoint is None:
-                raise ConfigError(f"--from disk: {model} is no directory with safetensors files")
-            offers = [] if ask.lost else [checkpoint.offer()]
+            if engine.checkpoint is None:
+                raise ConfigError(f"--from disk: {args.model} is no directory with safetensors files")
+            offers = [] if ask.lost else [engine.checkpoint.offer()]
         else:
             held: list[Layout] = []
             for rank in range(ask.source.tp * ask.source.pp):
-                held.append(layout_for(files, ask.source, rank, catalog))
+                held.append(engine.layout(ask.source, rank).layout)
                 advance()
             offers = [_offer(h, seed) for seed in range(ask.seeds) for h in held if seed > 0 or h.rank not in ask.lost]
     layouts: list[tuple[Layout, float]] = []
     with _timed(ask, "target_layouts"):
         for rank in ask.ranks:
-            layouts.append(_clocked(lambda r=rank: layout_for(files, ask.target, r, catalog)))  # type: ignore[misc]
+            answer = engine.layout(ask.target, rank)
+            layouts.append((answer.layout, answer.seconds))
             advance()
     return offers, layouts
 

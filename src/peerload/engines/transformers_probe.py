@@ -43,9 +43,11 @@ class _Slice:
         return self.tensor[index]
 
 
-def probe_layout(model: ModelFiles | str | Path, parallel: Parallel, rank: int, catalog: Catalog) -> Probed:
+def probe_layout(
+    model: ModelFiles | str | Path, parallel: Parallel, rank: int, catalog: Catalog, *, bits: int | None = None
+) -> Probed:
     """What rank `rank` of `parallel` holds, by loading coded values. transformers has no post-processing on a CPU, so this is
-    the final layout too. Not thread-safe. Raises as `transformers.layout_for` does."""
+    the final layout too. bits: as in `layout.probe`. Not thread-safe. Raises as `transformers.layout_for` does."""
     files = ModelFiles.of(model)
     kind = class_of(config_of(files))
 
@@ -58,4 +60,9 @@ def probe_layout(model: ModelFiles | str | Path, parallel: Parallel, rank: int, 
         )  # fmt: skip
 
     with _impersonated(rank, parallel.tp * parallel.pp), _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), quiet():
-        return probe(_Home, load, catalog, tensors_of=lambda home: parameters_of(home.model) if hasattr(home, "model") else {})
+        return probe(_Home, load, catalog, tensors_of=_tensors, bits=bits)
+
+
+def _tensors(home: nn.Module) -> dict[str, Tensor]:
+    """None before there is a model."""
+    return parameters_of(home.model) if hasattr(home, "model") else {}

@@ -14,6 +14,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ import numpy as np
 from ..errors import ConfigError, ManifestError
 from ..manifest import Catalog, Constant, Layout, Opaque, Parallel, Pieces
 
-#: Goes up whenever what is written, or what a tracer finds, changes.
+#: Goes up whenever what is written changes.
 FORMAT: Final = 1
 
 _COLUMNS: Final = ("tensor", "start", "stop", "buffer", "offset", "stride")
@@ -32,12 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LayoutKey:
-    """All that a layout depends on. engine: name; version: the engine's. model: digest of config.json and of the checkpoint's
-    names, dtypes and shapes. quantization: its method's name or empty. device: capability of the device that the engine
-    chooses its kernels for ("cpu", "cuda 9.0")."""
+    """All that a layout depends on. engine: name; version: the engine's. tracer: digest of the code here that derives layouts.
+    model: digest of config.json and of the checkpoint's names, dtypes and shapes. quantization: its method's name or empty.
+    device: capability of the one that the engine chooses its kernels for ("cpu", "cuda 9.0")."""
 
     engine: str
     version: str
+    tracer: str
     model: str
     quantization: str
     parallel: Parallel
@@ -109,6 +111,16 @@ def model_digest(config: bytes, catalog: Catalog) -> str:
     state = hashlib.sha256(config)
     state.update(json.dumps([catalog.names, catalog.dtypes, catalog.shapes]).encode())
     return state.hexdigest()[:32]
+
+
+@cache
+def tracer_digest() -> str:
+    """For `LayoutKey.tracer`: of the sources of `layout/` and `engines/`."""
+    state = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *(here.parent / "engines").glob("*.py")]):
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def device_capability() -> str:

@@ -31,12 +31,17 @@ def decoded_layout(probed: Probed, parallel: Parallel = Parallel(), rank: int = 
     )  # fmt: skip
 
 
-def packed_boxes(probed: Probed, seen: Seen) -> str:
-    """Where the packed units of a tensor come from, for people: boxes of the checkpoint tensor whose last dimension counts units,
-    and of units in memory."""
-    found = list(_boxes(probed, seen.ids, np.arange(len(seen.ids), dtype=np.int64), packed=True))
-    told = [f"{probed.catalog.names[row]}{_box(b)} at {b.at} by {b.step}" for row, b in found[:3]]
-    return f"{len(found)} boxes of {probed.numbering.bits}-bit units: {'; '.join(told)}{'; ...' if len(found) > 3 else ''}"
+def told_boxes(probed: Probed, seen: Seen) -> str:
+    """Where a tensor's elements come from, for people: the first few boxes, where each lies and by which strides, in elements.
+    Of packed units that have changed places: in units, which the boxes' last dimension counts."""
+    elements = _elements(seen)
+    if elements is None:
+        found = list(_boxes(probed, seen.ids, np.arange(len(seen.ids), dtype=np.int64), packed=True))
+    else:
+        found = list(_boxes(probed, elements, seen.where))
+    unit = "" if elements is not None else f" of {probed.numbering.bits}-bit units"
+    told = [f"{probed.catalog.names[row]}{_box(b)} at {b.at} by {b.step}" for row, b in found[:2]]
+    return f"{len(found)} boxes{unit}: {'; '.join(told)}{'; ...' if len(found) > 2 else ''}"
 
 
 @dataclass(eq=False)
@@ -59,7 +64,7 @@ class _Writer:
         if seen.kind == OPAQUE:
             self._opaque(buffer, name, nbytes, seen.reason)
         elif elements is None:
-            self._opaque(buffer, name, nbytes, packed_boxes(self.probed, seen))
+            self._opaque(buffer, name, nbytes, told_boxes(self.probed, seen))
         elif len(boxes) > MOST_BOXES:
             self._opaque(buffer, name, nbytes, f"its elements are shuffled: {len(boxes)} boxes")
         else:
