@@ -30,8 +30,8 @@ class Config:
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
-        "auto", "how bytes move; auto takes the first that both sides offer: cuda_ipc for weights on a GPU (same host), local (same "
-        "host) before nixl for others", ("auto", "local", "nixl", "cuda_ipc"),
+        "auto", "how bytes move; auto takes the first that both sides offer: for weights on a GPU cuda_ipc (same host), for "
+        "others local (same host) before nixl", ("auto", "local", "nixl", "cuda_ipc"),
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "

@@ -91,7 +91,7 @@ def digest_boxes(
     if threads == 1 or nbytes.sum() < _ALONE_NBYTES:
         return _digest(catalog, columns, 0, n)
 
-    columns = _cut(columns, catalog.itemsize[tensor])
+    columns = cut_boxes(columns, catalog.itemsize[tensor], _GRAIN_NBYTES)
     owner, tensor, start, stop = columns[:4]
     done = np.cumsum(volumes(start, stop) * catalog.itemsize[tensor])
     edges = np.unique(np.searchsorted(done, np.arange(1, 8 * threads) * (int(done[-1]) // (8 * threads))))
@@ -132,13 +132,14 @@ def tensor_keys(catalog: Catalog) -> DigestArray:
 Columns = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]
 
 
-def _cut(columns: Columns, itemsize: IntArray) -> Columns:
-    """The same boxes in parts of at most about _GRAIN_NBYTES, in order."""
+def cut_boxes(columns: Columns, itemsize: IntArray, grain_nbytes: int) -> Columns:
+    """The same boxes in parts of at most `grain_nbytes` (or one element), in order. columns: owner (a row of `itemsize`), tensor,
+    start, stop, address, stride."""
     for axis in range(columns[2].shape[1]):
         owner, tensor, start, stop, address, stride = columns
         extent = (stop - start)[:, axis]
         inner = (stop - start)[:, axis + 1 :].prod(axis=1) * itemsize[owner]
-        step = np.minimum(np.maximum(1, _GRAIN_NBYTES // inner), extent)
+        step = np.minimum(np.maximum(1, grain_nbytes // inner), extent)
         parts = -(-extent // step)
         if (parts == 1).all():
             continue

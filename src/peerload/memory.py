@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch
+from .cuda.driver import Block, Device
 from .errors import ConfigError, HostError
 from .geometry import IntArray
 from .manifest import Constant
@@ -254,17 +255,31 @@ class Placed:
 
 
 def placed(tensor: torch.Tensor, arenas: Sequence[Arena] = ()) -> Placed:
-    """Where a CPU tensor's elements lie: from its lowest byte to its highest, strides included. Its allocation is the
-    arena it was made in, or else its storage. Owns nothing: keep the tensor."""
-    if tensor.device.type != "cpu":
-        raise HostError(f"a tensor on {tensor.device} can't be registered yet", next_step="move it to the CPU")
+    """Where a tensor's elements lie: from its lowest byte to its highest, strides included. Its allocation is the arena it was
+    made in, or else its storage; on a GPU the driver's block, which may hold other tensors. Owns nothing: keep the tensor."""
+    device = tensor.device
+    if device.type not in ("cpu", "cuda"):
+        raise HostError(f"a tensor on {device} can't be registered", next_step="move it to the CPU or to a CUDA device")
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
     address, nbytes = tensor.data_ptr(), reach * tensor.element_size()
     for arena in arenas:
         if arena.contains(address, nbytes):
             return Placed(address, nbytes, arena.region())
     storage = tensor.untyped_storage()
-    return Placed(address, nbytes, Region(storage.data_ptr(), storage.nbytes()))
+    own = Region(storage.data_ptr(), storage.nbytes(), str(device))
+    if device.type == "cuda" and nbytes:
+        block = _block(str(device), address)
+        if block.contains(address, nbytes):  # not so where memory was mapped piece by piece (expandable segments)
+            return Placed(address, nbytes, Region(block.address, block.nbytes, str(device)))
+    return Placed(address, nbytes, own)
+
+
+def _block(name: str, address: int) -> Block:
+    device = Device(name)
+    try:
+        return device.block(address)
+    finally:
+        device.close()
 
 
 def regions_within(block: Region, address: IntArray, nbytes: IntArray, registration: str) -> list[Region]:

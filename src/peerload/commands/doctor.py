@@ -24,7 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..console import Console
-from ..errors import PeerloadError
+from ..cuda import driver
+from ..errors import HostError, PeerloadError
 from ..rpc.client import CoordinatorClient
 from ..transport.host import cores, ptrace_scope
 from .options import add_config, config_of
@@ -168,7 +169,7 @@ def _shared_memory() -> Iterator[Finding]:
 def _transports() -> list[Finding]:
     found: list[Finding] = []
     try:
-        from ..transport.registry import FACTORIES, probe
+        from ..transport.registry import FACTORIES, GPU_FACTORIES, probe
     except ImportError as error:
         reinstall = "install peerload again, with a C compiler at hand"
         return [Finding("transport local", "broken", f"the native helper can't be loaded: {error}", reinstall)]
@@ -179,7 +180,7 @@ def _transports() -> list[Finding]:
         bad = "broken" if name == "local" else "missing"
         yield Finding(f"transport {name}", "ok" if result.available else bad, installed + result.reason, result.install)
 
-    for name in FACTORIES:
+    for name in (*FACTORIES, *GPU_FACTORIES):
         found += _carefully(f"transport {name}", lambda name=name: one(name))  # type: ignore[misc]
     return found
 
@@ -193,9 +194,24 @@ def _devices() -> Iterator[Finding]:
     elif Path("/dev/nvidia0").exists():
         todo = "/dev/nvidia0 is there, nvidia-smi isn't: install the driver's tools"
     yield Finding("GPUs", "note", "; ".join(gpus) or "none", todo, {"gpus": gpus})
+    if gpus:
+        yield _peer_access()
     nics = Path("/sys/class/infiniband")
     names = sorted(p.name for p in nics.iterdir()) if nics.is_dir() else []
     yield Finding("RDMA", "note", ", ".join(names) or "none", facts={"devices": names})
+
+
+def _peer_access() -> Finding:
+    """Which GPU reads which directly. cuda_ipc works also within one."""
+    try:
+        here = range(driver.count())
+        pairs = {f"cuda:{a}": [f"cuda:{b}" for b in here if b != a and driver.reaches(a, b)] for a in here}
+    except HostError as error:
+        return Finding("peer access", "missing", error.message, error.next_step)
+    alone = [name for name, others in pairs.items() if len(others) < len(pairs) - 1]
+    text = "; ".join(f"{name} reads {', '.join(others) or 'only itself'}" for name, others in pairs.items())
+    todo = f"{', '.join(alone)}: see nvidia-smi topo -p2p r" if alone else ""
+    return Finding("peer access", "note", text, todo, {"reads": pairs})
 
 
 def _memcpy() -> Iterator[Finding]:

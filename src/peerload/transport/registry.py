@@ -10,16 +10,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..config import Config
+from ..cuda import driver
+from ..cuda.landing import Landing
+from ..cuda.probe import share
 from ..errors import ConfigError, HostError
 from .attached import why_not
 from .base import Transport
+from .cuda_ipc import CudaIpcTransport
 from .deferred import Deferred
 from .files import FilesTransport
 from .local import LocalTransport
 from .nixl import INSTALL, NixlTransport, installed, module
+from .through_host import ThroughHost
 
 #: In the order in which `transport=auto` prefers them.
 FACTORIES: Final[Mapping[str, Callable[[int], Transport]]] = {"local": LocalTransport, "nixl": NixlTransport}
+#: For a GPU's memory.
+GPU_FACTORIES: Final[Mapping[str, Callable[[str], Transport]]] = {"cuda_ipc": CudaIpcTransport}
+#: Pinned host memory through which files reach a GPU; no faster when larger.
+LANDING_NBYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +41,36 @@ class Probe:
     install: str = ""
 
 
-def open_transport(name: str, config: Config) -> Transport:
-    """Raises ConfigError for a name there isn't, HostError when this host can't use it. The caller closes it."""
+def open_transport(name: str, config: Config, device: str = "cpu") -> Transport:
+    """A transport for memory on `device`. Raises ConfigError for a name there isn't, and for one that doesn't move such memory;
+    HostError when this host can't use it. The caller closes it."""
+    on_gpu = device != "cpu"
     if name == FilesTransport.name:
-        return FilesTransport(threads=config.threads)
+        files = FilesTransport(threads=config.threads)
+        return ThroughHost(files, Landing(device, min(LANDING_NBYTES, config.staging_bytes))) if on_gpu else files
+    if name not in FACTORIES and name not in GPU_FACTORIES:
+        raise ConfigError(f"there is no transport {name!r}; there are {_names()}")
+    if on_gpu:
+        if name not in GPU_FACTORIES:
+            raise ConfigError(
+                f"transport {name} doesn't move memory of {device} yet", next_step="set transport to auto or cuda_ipc"
+            )
+        return GPU_FACTORIES[name](device)
     if name not in FACTORIES:
-        raise ConfigError(f"there is no transport {name!r}; there are {', '.join(FACTORIES)}")
+        raise ConfigError(
+            f"transport {name} moves GPU memory only, and the weights are on {device}", next_step="set transport to auto"
+        )
     return FACTORIES[name](config.threads)
 
 
 def open_transports(config: Config, device: str = "cpu") -> dict[str, Transport]:
-    """For memory on `device`, what `config.transport` asks for, in order of preference, and `files`, which reads checkpoints. auto: local, and NIXL
-    where it is installed, started when first needed. The caller closes them."""
+    """For memory on `device`, what `config.transport` asks for, in order of preference, and `files`, which reads checkpoints.
+    auto: on a GPU cuda_ipc; else local, and NIXL where it is installed, started when first needed. The caller closes them."""
+    if device != "cpu":
+        name = "cuda_ipc" if config.transport == "auto" else config.transport
+        # Its landing is pinned memory: made only if a checkpoint is read.
+        files = Deferred(FilesTransport.name, FilesTransport.limits, lambda: open_transport(FilesTransport.name, config, device))
+        return {name: open_transport(name, config, device), files.name: files}
     names = ["local"] if config.transport == "auto" else [config.transport]
     opened = {name: open_transport(name, config) for name in (*names, FilesTransport.name)}
     if config.transport == "auto" and installed():
@@ -60,14 +87,35 @@ def opened_transports(config: Config, device: str = "cpu") -> Iterator[dict[str,
 
 
 def probe(name: str) -> Probe:
-    """Really try, in this and in other processes: about 0.1 s. Raises ConfigError for a name there isn't."""
+    """Really try, in this and in other processes: about 0.1 s, seconds with GPUs. Raises ConfigError for a name there isn't."""
     if name == "files":
         return Probe(name, True, "reads files with preadv")
     if name == "local":
         return _probe_local()
     if name == "nixl":
         return _probe_nixl()
-    raise ConfigError(f"there is no transport {name!r}; there are {', '.join(FACTORIES)}")
+    if name == "cuda_ipc":
+        return _probe_cuda_ipc()
+    raise ConfigError(f"there is no transport {name!r}; there are {_names()}")
+
+
+def _names() -> str:
+    return ", ".join((*FACTORIES, *GPU_FACTORIES))
+
+
+def _probe_cuda_ipc() -> Probe:
+    """With every GPU there is."""
+    try:
+        gpus = [f"cuda:{number}" for number in range(driver.count())]
+        if not gpus:
+            return Probe("cuda_ipc", False, "the driver shows no GPU to this process", "look at CUDA_VISIBLE_DEVICES")
+        for name in gpus:
+            share(name)
+    except HostError as error:
+        return Probe(
+            "cuda_ipc", False, error.message, error.next_step or "containers have to share the IPC and process namespaces"
+        )
+    return Probe("cuda_ipc", True, f"processes map each other's memory on {', '.join(gpus)}")
 
 
 def _probe_nixl() -> Probe:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..batch import Batch
 from ..errors import PlanError
-from ..geometry import IntArray, byte_extents
+from ..geometry import BoolArray, IntArray, byte_extents
 
 
 class RegionTable:
@@ -44,6 +44,14 @@ class RegionTable:
             )
         row: IntArray = self._row[at]
         return row
+
+    def holds(self, address: IntArray) -> BoolArray:
+        """Whether each byte lies in a region."""
+        if len(self) == 0:
+            return np.zeros(len(address), np.bool_)
+        at = np.searchsorted(self._start, address, "right") - 1
+        inside: BoolArray = (at >= 0) & (address < self._end[np.maximum(at, 0)])
+        return inside
 
 
 def source_extents(batch: Batch) -> tuple[IntArray, IntArray]:

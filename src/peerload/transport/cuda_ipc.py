@@ -1,0 +1,315 @@
+"""GPU memory between processes of one host: the reader maps the source's allocations and copies out of them.
+
+The driver exports allocations, not tensors: a handle stands for a whole block and opens at the block's first byte, wherever
+in it the registered memory lies. So a description carries blocks with their handles and regions with their addresses, and an
+address of the source becomes ours by the distance between the two places of its block.
+
+A mapped block stays readable after its owner has freed it or died, until the reader closes it; what it holds then is nobody's
+word any more. That the owner lives and vouches is known from a connection to it, as with transport local.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from ..batch import Batch
+from ..cuda.driver import HANDLE_NBYTES, Block, Device, DriverError, count, reaches, uuid
+from ..cuda.mover import Mover, packed, portions
+from ..cuda.tables import Lane
+from ..deadline import Deadline
+from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
+from ..geometry import IntArray
+from ..native.columns import Columns
+from .base import Limits, Region
+from .handover import Handover
+from .host import boot_id, pid_namespace, start_time
+from .liveness import Liveness
+from .table import RegionTable, destination_extents, source_extents
+
+VERSION: Final = 1
+#: Bytes that go to host memory (a fence, staged scales) pass through device memory of this size.
+TO_HOST_NBYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What `CudaIpcTransport.describe` says. address, nbytes, block are columns of regions, `block` being the row of the block
+    that a region lies in; base, size, handle (hexadecimal) are columns of blocks, all of GPU `gpu`."""
+
+    host: str
+    pid_namespace: int
+    pid: int
+    start_time: int
+    socket: str
+    token: str
+    gpu: str
+    address: Sequence[int]
+    nbytes: Sequence[int]
+    block: Sequence[int]
+    base: Sequence[int]
+    size: Sequence[int]
+    handle: Sequence[str]
+
+    def encode(self) -> bytes:
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, source: str) -> Description:
+        """Raises SourceUnreachable for what is no description of ours."""
+        try:
+            told = json.loads(data)
+            if told.pop("version") != VERSION:
+                raise SourceUnreachable(source, "speaks another version of transport cuda_ipc", next_step="run the same release")
+            it = cls(**told)
+            regions = np.array([it.address, it.nbytes, it.block], np.int64).reshape(3, -1)
+            blocks = np.array([it.base, it.size], np.int64).reshape(2, -1)
+            handles = [bytes.fromhex(handle) for handle in it.handle]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
+        (address, nbytes, row), (base, size) = regions, blocks
+        possible = (nbytes > 0).all() and (base > 0).all() and (size > 0).all() and (row >= 0).all() and (row < len(base)).all()
+        if not possible or len(handles) != len(base) or any(len(handle) != HANDLE_NBYTES for handle in handles):
+            raise SourceUnreachable(source, "gave a description with impossible regions")
+        if (address < base[row]).any() or (nbytes > size[row]).any() or (address - base[row] > size[row] - nbytes).any():
+            raise SourceUnreachable(source, "gave a description with regions outside their blocks")
+        return it
+
+
+class CudaIpcTransport:
+    """device: the GPU whose memory is offered and filled, "cuda:N". Destinations may also lie in host memory, for small things.
+    Keeps the primary context until closed. Raises HostError for a GPU it can't use."""
+
+    name = "cuda_ipc"
+    #: One launch takes copies of any shape; a batch's own cost, about 1 ms, is that of 256 MiB.
+    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=1 << 30)
+
+    def __init__(self, device: str) -> None:
+        self._device = Device(device)
+        try:
+            self._mover = Mover(self._device)
+        except BaseException:
+            self._device.close()
+            raise
+        self._idle = threading.Condition()
+        self._jobs = 0
+        self._regions: dict[tuple[int, int], Region] = {}
+        self._table, self._far = RegionTable([], []), RegionTable([], [])
+        self._handover: Handover | None = None
+        self._peers: dict[str, _Peer] = {}
+        self._connected = 0
+        self._closed = False
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Waits for what the process has asked of the GPU, so that nothing asked before writes to the regions later. Device
+        memory that is freed afterwards is forgotten."""
+        for region in regions:
+            if region.device not in ("cpu", self._device.name):
+                raise HostError(f"this transport serves {self._device.name} and host memory, not {region.device}")
+            if region.address < 1 or region.nbytes < 1:
+                raise HostError(f"a region of {region.nbytes} bytes at {region.address:#x} can't be registered")
+            if region.device != "cpu":
+                self._device.block(region.address)
+        with self._idle:
+            self._check_open()
+            self._regions.update({(r.address, r.nbytes): r for r in regions})
+            rows = list(self._regions.values())
+            far = [r for r in rows if r.device != "cpu"]
+            self._table = RegionTable([r.address for r in rows], [r.nbytes for r in rows])
+            self._far = RegionTable([r.address for r in far], [r.nbytes for r in far])
+        self._device.synchronize()
+
+    def describe(self) -> bytes:
+        """Raises HostError, naming the region, for device memory that can't be shared with other processes."""
+        with self._idle:
+            self._check_open()
+            if self._handover is None:
+                self._handover = Handover(dict)
+            gone = [k for k, r in self._regions.items() if r.device != "cpu" and not self._device.holds(r.address)]
+            for key in gone:
+                del self._regions[key]
+            rows = sorted((r for r in self._regions.values() if r.device != "cpu"), key=lambda r: r.address)
+        blocks: list[Block] = []
+        of: list[int] = []
+        for region in rows:
+            if not blocks or not blocks[-1].contains(region.address, region.nbytes):
+                blocks.append(self._block_of(region))
+            of.append(len(blocks) - 1)
+        return Description(
+            host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
+            socket=self._handover.address, token=self._handover.token, gpu=uuid(self._device.number),
+            address=[r.address for r in rows], nbytes=[r.nbytes for r in rows], block=of,
+            base=[b.address for b in blocks], size=[b.nbytes for b in blocks],
+            handle=[self._exported(b) for b in blocks],
+        ).encode()  # fmt: skip
+
+    def connect(self, description: bytes, source: str) -> str:
+        peer = _Peer(Description.decode(description, source), source, self._device)
+        with self._idle:
+            if not self._closed:
+                self._connected += 1
+                handle = f"{source}#{self._connected}"
+                self._peers[handle] = peer
+                return handle
+        peer.close()
+        raise HostError("the transport is closed")
+
+    def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
+        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        with self._idle:
+            self._check_open()
+            there, here, far = self._peers.get(peer), self._table, self._far
+            self._jobs += 1
+        try:
+            if there is None:
+                raise PlanError(f"there is no peer {peer!r}")
+            low, high = destination_extents(batch)
+            here.locate(low, high, "dst", "this process")
+            region = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            there.live.check()
+            self._move(replace(batch, src=batch.src + there.shift[region]), far.holds(low), deadline, there.source)
+            there.live.check()
+        finally:
+            with self._idle:
+                self._jobs -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._jobs == 0)
+            peers, self._peers = self._peers, {}
+            handover, self._handover = self._handover, None
+        if handover is not None:
+            handover.close()
+        for peer in peers.values():
+            peer.close()
+        self._mover.close()
+        self._device.close()
+
+    def _move(self, batch: Batch, on_device: np.ndarray[tuple[int], np.dtype[np.bool_]], deadline: Deadline, source: str) -> None:
+        """`batch`, whose addresses are all ours."""
+        doing = f"reading {batch.nbytes} bytes from {source}"
+        try:
+            with self._mover.lane() as lane:
+                self._mover.copy(lane, batch.take(np.flatnonzero(on_device)), deadline, doing)
+                if not on_device.all():
+                    self._to_host(lane, batch.take(np.flatnonzero(~on_device)), deadline, doing)
+        except DriverError as error:
+            if error.code == "CUDA_ERROR_OUT_OF_MEMORY":  # ours, for tables
+                raise
+            raise SourceLost(source, f"its memory can't be read: {error.message}") from error
+
+    def _to_host(self, lane: Lane, batch: Batch, deadline: Deadline, doing: str) -> None:
+        """Packed on the device, carried over in one piece, and spread here."""
+        room = min(TO_HOST_NBYTES, int((-(-batch.run * batch.count.prod(axis=1) // 16) * 16).sum()))
+        if room == 0:
+            return
+        device, host = self._device.allocate(room), np.empty(room, np.uint8)
+        try:
+            for part in portions(batch, room):
+                gather, scatter, nbytes = packed(part, device)
+                self._mover.copy(lane, gather, deadline, doing)
+                lane.stream.download(host.ctypes.data, device, nbytes)
+                lane.stream.wait(deadline, doing)
+                spread = replace(scatter, src=scatter.src - device + host.ctypes.data)
+                Columns(spread).copy(0, len(spread))
+        finally:
+            lane.stream.wait()
+            self._device.free(device)
+
+    def _block_of(self, region: Region) -> Block:
+        """The allocation that a region lies in as a whole. Raises HostError if there is none, or if it can't be exported."""
+        where = f"{region.nbytes} bytes at {region.address:#x} on {region.device}"
+        found = self._device.block(region.address)
+        if not found.exportable:
+            raise HostError(
+                f"{where} can't be shared with other processes: they weren't allocated with cudaMalloc", next_step=_EXPORTABLE
+            )
+        if not found.contains(region.address, region.nbytes):
+            raise HostError(
+                f"{where} reach beyond the allocation of {found.nbytes} bytes at {found.address:#x}",
+                next_step="register allocations apart (registration=per-allocation)",
+            )
+        return found
+
+    def _exported(self, block: Block) -> str:
+        try:
+            return self._device.export(block.address).hex()
+        except DriverError as error:
+            raise HostError(f"{block.nbytes} bytes at {block.address:#x} on {self._device.name} can't be shared: {error.message}",
+                            next_step=_EXPORTABLE) from error  # fmt: skip
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HostError("the transport is closed")
+
+
+_EXPORTABLE: Final = (
+    "let PyTorch allocate weights with cudaMalloc: no expandable_segments:True and no backend:cudaMallocAsync in "
+    "PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF), no memory pools made with cuMemCreate (vLLM's sleep mode)"
+)
+
+
+class _Peer:
+    """A source whose blocks are mapped here. SourceUnreachable says why not."""
+
+    def __init__(self, told: Description, source: str, device: Device) -> None:
+        self.source: Final = source
+        self.table: Final = RegionTable(told.address, told.nbytes)
+        self.shift: IntArray = np.zeros(len(told.address), np.int64)  # by region: from its address there to its address here
+        with ExitStack() as stack:
+            self.live = Liveness(told, source)
+            stack.callback(self.live.close)
+            number = _owner(told, source, device)
+            if not self.live.same_process:
+                base = [self._opened(device, handle, number, stack) for handle in told.handle]
+                row = np.array(told.block, np.int64)
+                self.shift = (np.array(base, np.int64) - np.array(told.base, np.int64))[row]
+            elif number != device.number:
+                other = Device(f"cuda:{number}")
+                stack.callback(other.close)
+                device.enable_peer(other)
+            self._stack = stack.pop_all()
+
+    def _opened(self, device: Device, handle: str, number: int, stack: ExitStack) -> int:
+        try:
+            address = device.open(bytes.fromhex(handle))
+        except DriverError as error:
+            raise SourceUnreachable(
+                self.source, f"its memory on cuda:{number} can't be mapped into {device.name}: {error.message}",
+                next_step="run `peerload doctor` on this host; containers have to share the IPC and process namespaces",
+            ) from error  # fmt: skip
+        stack.callback(device.shut, address)
+        return address
+
+    def close(self) -> None:
+        """Unmap. The caller vouches that nobody reads."""
+        self._stack.close()
+
+
+def _owner(told: Description, source: str, device: Device) -> int:
+    """The source's GPU as this process counts; one that ours can read."""
+    here = count()
+    for number in range(here):
+        if uuid(number) == told.gpu:
+            if not reaches(device.number, number):
+                raise SourceUnreachable(
+                    source, f"its memory is on cuda:{number}, which {device.name} can't read directly",
+                    next_step="see `nvidia-smi topo -p2p r`; virtual machines may have peer access switched off",
+                )  # fmt: skip
+            return number
+    raise SourceUnreachable(
+        source, f"its GPU {told.gpu} isn't among the {here} that this process sees",
+        next_step="let both processes see both GPUs (CUDA_VISIBLE_DEVICES), each its own one first",
+    )  # fmt: skip
