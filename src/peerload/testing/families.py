@@ -293,7 +293,7 @@ def _config(s: Sizes, kind: str, architecture: str, **more: object) -> dict[str,
     }  # fmt: skip
 
 
-def _llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: bool = False) -> Family:
+def llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: bool = False) -> Family:
     quantize, asked = _quantizations(s, routed=False).get(quantization, (_bf16, None))
     config = _config(s, "llama", "LlamaForCausalLM", tie_word_embeddings=tied, **_asking(asked))
     layers = [[*_attention(s, quantize), *_mlp("mlp", s, s.inter, quantize)] for _ in range(s.layers)]
@@ -301,7 +301,7 @@ def _llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: b
     return Family(name, "Llama", config, _half(config, tensors), quantization, kv_heads=s.kv_heads)
 
 
-def _qwen3_moe(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16") -> Family:
+def qwen3_moe(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16") -> Family:
     quantize, asked = _quantizations(s, routed=True).get(quantization, (_bf16, None))
     config = _config(
         s, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=s.experts, num_experts_per_tok=2, moe_intermediate_size=s.wide,
@@ -521,20 +521,20 @@ def _stacked(s: Sizes) -> Iterator[Family]:
 
 def _all() -> Iterator[Family]:
     s, two = Sizes(), Sizes(kv_heads=2)
-    yield _llama("llama")
-    yield _llama("llama-tied", tied=True)
-    yield _llama("llama-kv2", two)
+    yield llama("llama")
+    yield llama("llama-tied", tied=True)
+    yield llama("llama-kv2", two)
     yield from _dense(s)
     yield from _older(s)
-    yield _qwen3_moe("qwen3-moe")
-    yield _qwen3_moe("qwen3-moe-kv2", two)
+    yield qwen3_moe("qwen3-moe")
+    yield qwen3_moe("qwen3-moe-kv2", two)
     yield from _sparse(s)
     yield from _shared_experts(s)
     yield from _stacked(s)
     for word in _quantizations(s, routed=True):
-        yield _llama(f"llama-{word}", _BLOCKS, quantization=word)
-        yield _qwen3_moe(f"qwen3-moe-{word}", _BLOCKS, quantization=word)
-    yield _llama("llama-kv2-fp8-block", replace(_BLOCKS, kv_heads=2), quantization="fp8-block")
+        yield llama(f"llama-{word}", _BLOCKS, quantization=word)
+        yield qwen3_moe(f"qwen3-moe-{word}", _BLOCKS, quantization=word)
+    yield llama("llama-kv2-fp8-block", replace(_BLOCKS, kv_heads=2), quantization="fp8-block")
 
 
 #: By name.

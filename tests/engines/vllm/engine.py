@@ -15,32 +15,36 @@ from pathlib import Path
 from types import TracebackType
 
 PROMPTS = [[5, 17, 300, 42], [9, 8, 7, 6, 5, 4]]
-#: vLLM on a CPU, offline, quietly, with workers that may share cores.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+#: vLLM offline, its log where we look for it.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+#: On a CPU, with workers that share cores, forked from a process that has imported everything.
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork", "KEEP_WEIGHTS": "1",
 }  # fmt: skip
 
 
 class Vllm:
-    """A running instance. Starting it takes half a minute and more; `__enter__` waits until it serves."""
+    """An instance, started by `with`. It takes half a minute until it serves (`wait`), so start several at once."""
 
-    def __init__(self, model: Path, tp: int, config: dict[str, object] | None = None, *, keep: bool = True, **arguments: object):
+    def __init__(self, model: Path, tp: int, config: dict[str, object] | None = None, *, gpu: bool = False, **arguments: object):
+        """config: peerload's; None: vLLM loads by itself. arguments: more of `LLM`'s."""
         self._arguments: dict[str, object] = {
-            "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
+            "model": str(model), "tensor_parallel_size": tp, "dtype": "auto", "enforce_eager": True, "max_model_len": 128,
             "max_num_seqs": 4, "disable_log_stats": True, "skip_tokenizer_init": True, "worker_extension_cls": "workers.Looks",
             **arguments,
         }  # fmt: skip
         if config is not None:
             self._arguments |= {"load_format": "peerload", "model_loader_extra_config": config}
-        self._keep = keep
-        self._log = tempfile.TemporaryFile("w+")
+        self._environment = {**os.environ, **ENVIRONMENT, **({} if gpu else ON_CPU)}
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environment["PYTHONPATH"] = os.pathsep.join(path)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process has ended
 
     def __enter__(self) -> Vllm:
-        here = str(Path(__file__).parent)
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": here, **({"KEEP_WEIGHTS": "1"} if self._keep else {})}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=self._environment,
         )  # fmt: skip
         self._tell(self._arguments)
         return self
