@@ -25,6 +25,7 @@ from vllm import __version__
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
@@ -115,14 +116,17 @@ def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> It
 def build(config: VllmConfig, device: str = "meta") -> nn.Module:
     """The model of the rank that `rank_of` is, its parameters not yet written. Raises LayoutError for what vLLM can't build
     here."""
+    remedies = {"find a kernel": _any_linear_kernel, "MoE backend supports": _any_experts_kernel}
     try:
-        try:
-            return _built(config, device)
-        except ValueError as error:
-            if "find a kernel" not in str(error):
-                raise
-            with _kernels_of_other_hosts():
-                return _built(config, device)
+        with ExitStack() as stack:
+            while True:
+                try:
+                    return _built(config, device)
+                except (ValueError, NotImplementedError) as error:
+                    lacking = [words for words in remedies if words in str(error)]
+                    if not lacking:
+                        raise
+                    stack.enter_context(remedies.pop(lacking[0])())
     except _FAILURES as error:
         raise LayoutError(f"{VERSION} can't build {config.model_config.architecture} here: {error!r}") from error
 
@@ -213,7 +217,7 @@ def _group(name: str, ranks: list[int], rank: int) -> groups.GroupCoordinator:
 
 
 @contextmanager
-def _kernels_of_other_hosts() -> Iterator[None]:
+def _any_linear_kernel() -> Iterator[None]:
     """Accept kernels that could serve a layer if this host's processor were another one. What a layer's parameters are before
     post-processing is up to its quantization method, whatever kernel serves it."""
     honest = linear.is_supported_and_can_implement_kernel
@@ -222,6 +226,22 @@ def _kernels_of_other_hosts() -> Iterator[None]:
         yield
     finally:
         linear.is_supported_and_can_implement_kernel = honest
+
+
+@contextmanager
+def _any_experts_kernel() -> Iterator[None]:
+    """The same for layers of experts."""
+    honest = FusedMoEExperts.is_supported_config
+
+    def anywhere(*arguments: object) -> tuple[bool, str | None]:
+        accepted, reason = honest(*arguments)
+        return (True, None) if reason is not None and "current device" in reason else (accepted, reason)
+
+    FusedMoEExperts.is_supported_config = staticmethod(anywhere)
+    try:
+        yield
+    finally:
+        FusedMoEExperts.is_supported_config = staticmethod(honest)
 
 
 class _MapsHaveValues(TorchFunctionMode):
