@@ -30,7 +30,7 @@ class Vllm:
     def __init__(self, model: Path, tp: int, config: dict[str, object] | None = None, *, gpu: bool = False, **arguments: object):
         """config: peerload's; None: vLLM loads by itself. arguments: more of `LLM`'s."""
         self._arguments: dict[str, object] = {
-            "model": str(model), "tensor_parallel_size": tp, "dtype": "auto", "enforce_eager": True, "max_model_len": 128,
+            "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
             "max_num_seqs": 4, "disable_log_stats": True, "skip_tokenizer_init": True, "worker_extension_cls": "workers.Looks",
             **arguments,
         }  # fmt: skip
