@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import LayoutError
-from .held import Contents, Held, Taint, count, part
+from .held import Contents, Held, Taint, count, cut, part
 from .moves import MOVES
 from .strided import MOST_BOXES, Inexpressible, View
 from .trace import DTYPE_NAMES, Recorder, Storage, tensors_in, view_of
@@ -120,19 +120,22 @@ class Follower(Recorder):
 
     def loaded(self, tensor: Tensor) -> bool:
         """May it see what memory doesn't have, such as anything that depends on the checkpoint? Errs towards yes."""
-        storage = self.storage(tensor)
-        if storage is None:
-            return False
-        return any(h.name or (h.taint is not None and h.taint is not ENGINE) for h in storage.held.near(view_of(tensor)))
+        return any(h.name or (h.taint is not None and h.taint is not ENGINE) for h in self._near(tensor))
 
     def covers(self, tensors: Iterable[Tensor]) -> frozenset[str]:
         """The checkpoint tensors that these may see something of. Errs towards more."""
         found: set[str] = set()
         for tensor in tensors:
-            storage = self.storage(tensor)
-            for held in storage.held.near(view_of(tensor)) if storage is not None else ():
+            for held in self._near(tensor):
                 found |= self._bases(held)
         return frozenset(found)
+
+    def _near(self, tensor: Tensor) -> list[Held]:
+        """What it may see: what lies in its extent, or anywhere in the storage when that counts in other units."""
+        storage = self.storage(tensor)
+        if storage is None or not tensor.numel():
+            return []
+        return storage.held.near(view_of(tensor)) if tensor.element_size() == storage.itemsize else list(storage.held)
 
     def refuse(self, operation: str, tensors: Sequence[Tensor], why: str) -> LayoutError:
         return self._refuse(operation, tensors, why)
@@ -146,7 +149,15 @@ class Follower(Recorder):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        kwargs = kwargs or {}
+        plain = torch._C._disabled_torch_dispatch_impl
+        if any(getattr(kind, "__torch_dispatch__", plain) is not plain for kind in types):
+            return NotImplemented  # DTensor and its like come back with their local tensors
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        if _is_view(func):
+            return func(*args, **kwargs)
         tensors = list(tensors_in(args, kwargs))
         tracked = [t for t in tensors if self.known(t)]
         name = func._schema.name
@@ -157,8 +168,8 @@ class Follower(Recorder):
             return out
         if name == "aten::copy_":
             return self._copied(func, args[0], args[1])  # type: ignore[arg-type]
-        if _is_view(func):
-            return func(*args, **kwargs)
+        if name in ("aten::resize_", "aten::set_"):
+            raise self._refuse(name, tracked, "it exchanges the memory behind a tensor")
         if name in ("aten::zero_", "aten::fill_"):
             return self._filled(args[0], 0 if name == "aten::zero_" else args[1])  # type: ignore[arg-type]
         if name in _FACTORIES or name in _FULL:
@@ -205,8 +216,8 @@ class Follower(Recorder):
             self._put(out, [_constant(view_of(out), value, out.dtype)])
 
     def _copied(self, func: torch._ops.OpOverload, into: Tensor, source: Tensor) -> Tensor:
-        if self.loaded(source) or (source.device.type == "meta" and self.known(source)):
-            self.move(into, source.expand(into.shape), "aten::copy_")
+        if (source.device.type == "meta" and self.known(source)) or self.loaded(source):
+            self.move(into, source if source.shape == into.shape else source.expand(into.shape), "aten::copy_")
             return into
         if source.device.type == "meta":
             self._put(into, [_computed(view_of(into), ENGINE if into.device.type == "meta" else MOVED)])
@@ -267,7 +278,7 @@ class Follower(Recorder):
             new = self._seen(source, where, into.dtype)
         except Inexpressible as problem:
             new = [_computed(where, Taint(self.covers([source]), f"{operation} of {self.named([source])}: {problem}"))]
-        self._put(into, new, self._label(source))
+        self._put(into, new, self._label(source), where)
 
     def _seen(self, source: Tensor, where: View, dtype: torch.dtype) -> list[Held]:
         """What a tensor holds, as it will lie in `where` (of the same shape) after a cast to `dtype`."""
@@ -277,10 +288,11 @@ class Follower(Recorder):
         if source.element_size() != origin.itemsize:
             raise Inexpressible(f"elements of {origin.itemsize} bytes read as {source.dtype}")
         mine = view_of(source)
-        near = list(origin.held.near(mine))
-        if len(near) == 1 and near[0].view == mine:
-            held = near[0]
-            return [_elsewhere(self._cast(held.at(held.start, where), source.dtype, dtype))]
+        near = origin.held.near(mine)
+        if len(near) == 1:
+            sliced = cut(near[0], mine, where)
+            if sliced is not None:
+                return [_elsewhere(self._cast(sliced, source.dtype, dtype))]
         repeated = [d for d, (n, s) in enumerate(zip(mine.shape, mine.stride, strict=True)) if n > 1 and s == 0]
         times = math.prod(mine.shape[d] for d in repeated)
         if times > MOST_BOXES:
@@ -311,7 +323,7 @@ class Follower(Recorder):
         self.logical.setdefault(name, (base, dtypes))
         return Held(name, held.start, held.view)
 
-    def _put(self, into: Tensor, new: list[Held], label: str = "") -> None:
+    def _put(self, into: Tensor, new: list[Held], label: str = "", where: View | None = None) -> None:
         """The elements of a tensor hold `new`. A storage that nobody watched is taken in with the values it has."""
         if not into.numel():
             return
@@ -323,21 +335,25 @@ class Follower(Recorder):
         if into.element_size() != storage.itemsize:
             self._spoil(storage, into, new, f"elements of {storage.itemsize} bytes written as {into.dtype}")
             return
+        where = view_of(into) if where is None else where
         if self.items:
             new = [self.checked(h, into.dtype) for h in new]
         if into.device.type != "meta":
             _write_constants(into, new)
         try:
             if storage.watched:
-                new = self._ordered(storage, view_of(into), new)
-            storage.held.replace(view_of(into), new)
+                new = self._ordered(storage, where, new)
+            storage.held.replace(where, new)
         except Inexpressible as problem:
             self._spoil(storage, into, new, str(problem))
 
     def _ordered(self, storage: Storage, where: View, new: list[Held]) -> list[Held]:
         """Two checkpoint tensors written to one place: which one stays depends on the order in which they are read."""
-        names = frozenset().union(*map(self._bases, new))
-        for old in storage.held.near(where) if names else ():
+        near = storage.held.near(where)
+        if not near:
+            return new
+        names = frozenset[str]().union(*map(self._bases, new))
+        for old in near if names else ():
             bases = self._bases(old)
             if not bases <= names and any(True for _ in part(old, where, where)):
                 reason = (
@@ -407,7 +423,7 @@ class _Functions(TorchFunctionMode):
     """Sees calls before they lose their Python objects: `.item()`, what is filled with it, and `parameter.data = tracked`."""
 
     def __init__(self, recorder: Follower) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._recorder = recorder
         self._handlers: dict[object, Callable[..., object]] = {
             Tensor.item: self._item,
@@ -480,7 +496,9 @@ def _is_view(func: torch._ops.OpOverload) -> bool:
     known = _VIEWS.get(func)
     if known is None:
         returns = func._schema.returns
-        known = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        known = any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or (
+            torch.Tag.inplace_view in func.tags and func._schema.name not in ("aten::resize_", "aten::set_")
+        )
         known = _VIEWS[func] = known or func._schema.name in ("aten::_unsafe_view", "aten::_reshape_alias")
     return known
 
@@ -520,7 +538,7 @@ def _computed(view: View, taint: Taint) -> Held:
 
 
 def _constant(view: View, value: object, dtype: torch.dtype) -> Held:
-    fill = torch.full((1,), value, dtype=dtype).view(torch.uint8).numpy().tobytes()  # type: ignore[arg-type]
+    fill = torch.full((1,), value, dtype=dtype).view(torch.uint8).numpy().tobytes()  # type: ignore[call-overload]
     return Held("", (0,) * len(view.shape), view, fill)
 
 

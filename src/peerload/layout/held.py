@@ -60,13 +60,14 @@ class Contents:
         for cluster in self._clusters:
             yield from cluster.held
 
-    def near(self, view: View) -> Iterator[Held]:
+    def near(self, view: View) -> list[Held]:
         """Those whose extent meets the view's extent."""
-        low, high = self._range(view.offset, view.stop)
-        for cluster in self._clusters[low:high]:
-            for held in cluster.held:
-                if held.view.offset < view.stop and view.offset < held.view.stop:
-                    yield held
+        start, stop = view.offset, view.stop
+        low, high = self._range(start, stop)
+        if high - low == 1 and len(self._clusters[low].held) == 1:
+            return self._clusters[low].held[:]
+        near = [held for cluster in self._clusters[low:high] for held in cluster.held]
+        return [held for held in near if held.view.offset < stop and start < held.view.stop]
 
     def add(self, new: Iterable[Held]) -> None:
         """Note what lies where nothing was."""
@@ -114,14 +115,40 @@ def _outside(old: Held, mine: View) -> list[Held]:
     return [old.at(add(old.start, first), view) for c in cells for first, view in boxes(c, old.view, len(old.start))]
 
 
+def cut(held: Held, seen: View, target: View) -> Held | None:
+    """What of `held` is visible through `seen`, laid out in `target`, if `seen` is a plain slice of it."""
+    first = _slice(seen, held.view)
+    return None if first is None else held.at(add(held.start, first), target)
+
+
 def part(held: Held, seen: View, target: View) -> Iterator[tuple[tuple[int, ...], View]]:
     """What of `held` is visible through `seen`, laid out in `target` (indexed like `seen`): (start, view)."""
-    if held.view == seen:
-        yield held.start, target
+    first = _slice(seen, held.view)
+    if first is not None:
+        yield add(held.start, first), target
         return
     for cell in overlap(seen, held.view):
         for first, view in boxes(cell, target, len(held.start)):
             yield add(held.start, first), view
+
+
+def _slice(inner: View, outer: View) -> tuple[int, ...] | None:
+    """The index in `outer` where `inner` begins, if one is a plain slice of the other: same dimensions and strides."""
+    if inner.stride != outer.stride or not outer.shape:
+        return () if inner == outer else None
+    rest, first = inner.offset - outer.offset, [0] * len(outer.shape)
+    if rest:
+        if rest < 0:
+            return None
+        for dim in sorted(range(len(first)), key=outer.stride.__getitem__, reverse=True):
+            if outer.stride[dim]:
+                first[dim], rest = divmod(rest, outer.stride[dim])
+        if rest:
+            return None
+    for begin, size, most in zip(first, inner.shape, outer.shape, strict=True):
+        if begin + size > most:
+            return None
+    return tuple(first)
 
 
 def add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,7 +37,10 @@ class View:
     @property
     def stop(self) -> int:
         """One past the highest element touched."""
-        return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        last = self.offset
+        for size, stride in zip(self.shape, self.stride, strict=True):
+            last += (size - 1) * stride
+        return last + 1
 
     @property
     def dense(self) -> bool:
