@@ -55,7 +55,7 @@ def load(
 
     Raises ConfigError, LayoutError (the parameter is named; nothing was written), PlanError, SourcesExhausted,
     CommitError, DeadlineExceeded, VerifyError, HostError, CoordinatorError; on every rank, if on one."""
-    settings = _settings(config)
+    settings = settings_of(config)
     with _opened(model, settings, checkpoint, instance, group, find=True) as this, opened_transports(settings) as transports:
         live, disk = this.live, this.disk
         job = Job(
@@ -111,7 +111,7 @@ def seed(
     the configuration nothing is offered, and the block runs all the same.
 
     Raises ConfigError, LayoutError, HostError, CoordinatorError."""
-    settings = _settings(config)
+    settings = settings_of(config)
     with _opened(model, settings, checkpoint, instance, group, find=False) as this, ExitStack() as stack:
         live, offered = this.live, None
         live.publish()
@@ -244,7 +244,8 @@ def _is_checkpoint(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (SINGLE, INDEX))
 
 
-def _settings(config: Settings) -> Config:
+def settings_of(config: Settings) -> Config:
+    """As a `Config`, whatever form it has. Raises ConfigError."""
     if isinstance(config, Config):
         return config
     if config is None or isinstance(config, str):

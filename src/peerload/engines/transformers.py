@@ -220,6 +220,8 @@ def _load(
                 None, config=config, state_dict=state, dtype="auto", output_loading_info=True,
                 generation_config=generation_config(files), **_split(parallel),
             )  # fmt: skip
+    except LayoutError as refusal:
+        raise _blamed(refusal, files) from refusal
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if recorder.refusals:
             raise _blamed(recorder.refusals[0], files) from error
@@ -245,7 +247,7 @@ def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
     if not method:
         return refusal
     return LayoutError(
-        f"quantizer {method} computes weights while it loads them: {refusal.message}",
+        f"quantizer {method} makes other weights of them while it loads: {refusal.message}",
         next_step="use a device that has kernels for it, or let the engine load this model itself",
     )
 
