@@ -31,8 +31,8 @@ class Vllm:
         """config: peerload's; None: vLLM loads by itself. arguments: more of `LLM`'s."""
         self._arguments: dict[str, object] = {
             "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
-            "max_num_seqs": 4, "disable_log_stats": True, "skip_tokenizer_init": True, "worker_extension_cls": "workers.Looks",
-            **arguments,
+            "max_num_seqs": 4, "num_gpu_blocks_override": 64, "disable_log_stats": True, "skip_tokenizer_init": True,
+            "worker_extension_cls": "workers.Looks", **arguments,
         }  # fmt: skip
         if config is not None:
             self._arguments |= {"load_format": "peerload", "model_loader_extra_config": config}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,21 +26,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Fleet:
-    """Instances that are started once and shared by the tests. Each seed has a coordinator of its own, so that a target has
-    no choice."""
+    """Instances that are started once and shared by tests. Each seed has a coordinator of its own, so that a target has no
+    choice; only the last one runs, because memory is short."""
 
-    def __init__(self, models: dict[str, Path], stack: ExitStack) -> None:
-        self._models, self._stack = models, stack
-        self._seeds: dict[tuple[str, int], tuple[Vllm, Coordinator]] = {}
+    def __init__(self, models: dict[str, Path]) -> None:
+        self._models = models
+        self._running = ExitStack()
+        self._seed: tuple[str, int] = ("", 0)
+        self._found: tuple[Vllm, Coordinator]
         self._stock: dict[tuple[str, int], tuple[list[dict[str, str]], list[list[int]]]] = {}
 
     def seed(self, model: str, tp: int) -> tuple[Vllm, Coordinator]:
-        if (model, tp) not in self._seeds:
-            coordinator = self._stack.enter_context(serve("127.0.0.1:0"))
+        if self._seed != (model, tp):
+            self.close()
+            coordinator = self._running.enter_context(serve("127.0.0.1:0"))
             # vLLM frees linear weights on a CPU once it has packed them: a seed there has to keep copies of all.
             config = {"url": coordinator.address, "retain_bytes": 1 << 30}
-            self._seeds[model, tp] = self._stack.enter_context(Vllm(self._models[model], tp, config)).wait(), coordinator
-        return self._seeds[model, tp]
+            self._found = self._running.enter_context(Vllm(self._models[model], tp, config)).wait(), coordinator
+            self._seed = model, tp
+        return self._found
+
+    def close(self) -> None:
+        self._running.close()
+        self._seed = ("", 0)
 
     @contextmanager
     def target(self, model: str, tp: int, *, seed_tp: int, **config: object) -> Iterator[Vllm]:
@@ -61,8 +69,8 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(models: dict[str, Path]) -> Iterator[Fleet]:
-    with ExitStack() as stack:
-        yield Fleet(models, stack)
+    with closing(Fleet(models)) as running:
+        yield running
 
 
 def sources(instance: Vllm) -> set[str]:
