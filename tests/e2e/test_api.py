@@ -268,13 +268,13 @@ def published(models: Path, family: str) -> Path:
 
 
 def test_tensor_parallel_seed(url: str, models: Path) -> None:
-    """A TP2 instance feeds one that isn't split, and one of TP2; tokens included."""
+    """A TP2 instance feeds one that isn't split, one of TP2, and a trainer's ranks; tokens included."""
     spec = Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config={"url": url, "fallback": "fail"})
     with running(offer, spec) as seed:
         assert "model.norm.weight" in seed.hear()[0]
+        targets = [spec, replace(spec, how="plain", size=1), replace(spec, how="fsdp")]
         with ExitStack() as stack:
-            targets = [stack.enter_context(running(load, s)) for s in (spec, replace(spec, how="plain", size=1))]
-            for target in targets:
+            for target in [stack.enter_context(running(load, target)) for target in targets]:
                 check(target.hear())
 
 
@@ -334,6 +334,15 @@ def test_fp8(url: str, models: Path, family: str) -> None:
     with running(offer, spec) as seed:
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
+
+
+def test_a_process_that_may_not_be_a_source(url: str, models: Path) -> None:
+    """Its block runs, and nobody finds it."""
+    spec = Spec(directory=checkpoint(models, "llama"), config={"url": url, "revision": "secret", "source": False})
+    with running(offer, spec) as seed:
+        seed.hear()
+        seed.ask("halve")
+        check(results(load, spec), disk=True)
 
 
 def test_nobody_is_there(url: str, models: Path) -> None:

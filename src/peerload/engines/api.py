@@ -56,8 +56,9 @@ def load(
     Raises ConfigError, LayoutError (the parameter is named; nothing was written), PlanError, SourcesExhausted,
     CommitError, DeadlineExceeded, VerifyError, HostError, CoordinatorError; on every rank, if on one."""
     settings = settings_of(config)
-    with _opened(model, settings, checkpoint, instance, group, find=True) as this, opened_transports(settings) as transports:
+    with _opened(model, settings, checkpoint, instance, group, find=True) as this, ExitStack() as stack:
         live, disk = this.live, this.disk
+        transports = stack.enter_context(opened_transports(settings, str(live.device)))
         job = Job(
             this.model, live.layout, live.address, live.regions(settings.registration), this.member, transports, settings,
             coordinator=this.client, reserve=[disk.offer()] if disk is not None else [],
@@ -116,7 +117,7 @@ def seed(
         live, offered = this.live, None
         live.publish()
         if settings.source:
-            transports = stack.enter_context(opened_transports(settings))
+            transports = stack.enter_context(opened_transports(settings, str(live.device)))
             for transport in transports.values():
                 transport.register(live.regions(settings.registration))
             offered = Seed(
