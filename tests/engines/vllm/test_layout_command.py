@@ -1,0 +1,73 @@
+"""`peerload layout` and `peerload plan` under vLLM, from configs and checkpoints, without peers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: ./dev engines makes an environment for it")
+
+from peerload.cli import main
+from peerload.testing.families import FAMILIES, write_family
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
+    """What a command prints on standard output, of the whole process: one JSON document."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(command: str, *words: str, status: int = 0) -> dict[str, Any]:
+        capfd.readouterr()
+        assert main([command, "--engine", "vllm", *words, "--json"]) == status
+        document = json.loads(capfd.readouterr().out)
+        assert isinstance(document, dict)
+        return document
+
+    return run
+
+
+def test_fused_parameters_are_explained_and_remembered(ask: Ask, tmp_path: Path) -> None:
+    directory = write_family(tmp_path / "model", FAMILIES["llama"])
+    first, again = (ask("layout", "--model", str(directory), "--tp", "2", "--rank", "1", "--probe")["ranks"][0] for _ in range(2))
+    assert (first["cached"], again["cached"]) == (False, True)
+    assert first["regions"] == again["regions"]
+    fused = [r for r in first["regions"] if r["parameter"] == "model.layers.0.self_attn.qkv_proj.weight"]
+    assert [r["tensor"] for r in fused] == [f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv"]
+    assert [r["offset"] for r in fused] == [0, fused[0]["nbytes"], fused[0]["nbytes"] + fused[1]["nbytes"]]
+    for rank in (first, again):
+        assert rank["probe"]["agreed"] == rank["parameters"]
+        assert rank["probe"]["post_processing"]["model.norm.weight"]["kind"] == "unchanged"
+
+
+def test_post_processing_that_permutes_is_decoded(ask: Ask, tmp_path: Path) -> None:
+    """vLLM's CPU backend tiles the experts' matrices; or leaves them as they are, on a host whose kernels want no tiles."""
+    directory = write_family(tmp_path / "model", FAMILIES["qwen3-moe"], weights=False)
+    words = ["--model", str(directory), "--tp", "2", "--ep", "2", "--rank", "0", "--layers", "1"]
+    (rank,) = ask("layout", *words, "--probe")["ranks"]
+    changed = {n: c for n, c in rank["probe"]["post_processing"].items() if n.endswith(("w13_weight", "w2_weight"))}
+    assert len(changed) == 2
+    for change in changed.values():
+        assert change["kind"] in ("permuted", "unchanged")
+        assert change["kind"] == "unchanged" or "boxes: model.layers.0.mlp.experts.0." in change["reason"]
+
+
+def test_plans_are_made_of_its_layouts(ask: Ask, tmp_path: Path) -> None:
+    directory = write_family(tmp_path / "model", FAMILIES["llama"], weights=False)
+    document = ask(
+        "plan", "--model", str(directory), "--from", "tp=4", "--to", "tp=2", "--tensors", "*.0.self_attn.k_proj.weight"
+    )
+    assert document["engine"] == "vllm"
+    assert {c["from"] for c in document["copies"]} == {f"seed-0/rank {r}" for r in range(4)}
+
+
+def test_what_vllm_cannot_split_is_said(ask: Ask, tmp_path: Path) -> None:
+    directory = write_family(tmp_path / "model", FAMILIES["llama"], weights=False)
+    document = ask("layout", "--model", str(directory), "--tp", "3", "--rank", "0", status=3)
+    assert document["error"] == "LayoutError"
+    assert "tp=3" in document["message"]
