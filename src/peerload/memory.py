@@ -293,7 +293,7 @@ def regions_for(buffers: Sequence[Placed], registration: str) -> list[Region]:
     per-tensor: each buffer's own bytes; buffers that overlap (tied tensors, views) share one region.
     per-allocation: each whole block once. arena: the one block that holds them all; ConfigError if they lie in several.
     Regions of different allocations are never merged, however close they lie."""
-    blocks = {(b.allocation.device, b.allocation.address): b.allocation for b in buffers}
+    blocks = {(b.allocation.device, b.allocation.address): b.allocation for b in buffers if b.allocation.nbytes}
     if registration == "arena" and len(blocks) > 1:
         raise ConfigError(
             f"registration is 'arena', but the buffers lie in {len(blocks)} allocations",

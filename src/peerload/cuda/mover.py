@@ -31,8 +31,8 @@ class Mover:
 
     def __init__(self, device: Device) -> None:
         self.device: Final = device
-        self._kernels = Kernels(device)
         self._lock = threading.Lock()
+        self._compiled: Kernels | None = None
         self._idle: list[Lane] = []
         self._closed = False
 
@@ -52,6 +52,13 @@ class Mover:
                     lane = None
             if lane is not None:
                 lane.close()
+
+    def _kernels(self) -> Kernels:
+        """Made when first needed: who only offers memory never does."""
+        with self._lock:
+            if self._compiled is None:
+                self._compiled = Kernels(self.device)
+            return self._compiled
 
     def copy(self, lane: Lane, batch: Batch, deadline: Deadline | None = None, doing: str = "") -> None:
         """All of `batch`, whose addresses kernels can touch. Returns when it is done. Raises DeadlineExceeded, once nothing is
@@ -73,7 +80,7 @@ class Mover:
             # A table is made while the group before moves: one is under way at any time.
             if begin:
                 lane.stream.wait(deadline, doing)
-            lane.run(table, tiles, partial(self._kernels.copy, lane.stream))
+            lane.run(table, tiles, partial(self._kernels().copy, lane.stream))
         lane.stream.wait(deadline, doing)
 
     def digest(self, lane: Lane, table: Table, tiles: IntArray, slots: int) -> IntArray:
@@ -82,7 +89,7 @@ class Mover:
         sums = self.device.allocate(found.nbytes)
         try:
             lane.stream.clear(sums, found.nbytes)
-            lane.run(table, tiles, partial(self._kernels.digest, lane.stream, sums))
+            lane.run(table, tiles, partial(self._kernels().digest, lane.stream, sums))
             lane.stream.download(found.ctypes.data, sums, found.nbytes)
             lane.stream.wait()
         finally:

@@ -25,9 +25,10 @@ import numpy.typing as npt
 from ..batch import Batch
 from ..config import Config
 from ..errors import HostError
-from ..memory import Arena, Placed, copy, regions_for
+from ..memory import Arena, Placed, copy, placed, regions_for
 from ..transport.base import Region, Transport
 from ..transport.registry import open_transport
+from .gpu import DeviceArena
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,7 +42,8 @@ class SourceProcess:
     """Buffers of `nbytes` each, registered with `transport` under the strategy `registration`.
 
     memory: "memfd" puts them into an arena, "frozen" into one that is frozen, "huge" into one of huge pages, "plain" into
-    private memory. There is one allocation for every two buffers, or a single one for the strategy that wants one.
+    private memory; "cuda:N" into memory of that GPU, "torch cuda:N" lets PyTorch allocate each as a tensor there. There is one
+    allocation for every two buffers, or a single one for the strategy that wants one.
     random: False fills with zeros,
     which is quicker."""
 
@@ -101,12 +103,33 @@ class SourceProcess:
 
 def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
     told = json.loads(order)
-    transport = open_transport(told["transport"], Config(threads=1))
+    gpu = "cuda" in told["memory"]
+    transport = open_transport(told["transport"], Config(threads=1), told["memory"].split()[-1] if gpu else "cpu")
     buffers: list[Placed] = []
-    kept: list[Arena | Bytes] = []
+    kept: list[object] = []
     joint = told["registration"] == "arena"
 
+    def make_on_gpu(sizes: list[int]) -> None:
+        if told["memory"].startswith("torch"):
+            import torch
+
+            for n in sizes:
+                tensor = torch.from_numpy(content(len(buffers), n)).to(told["memory"].split()[-1])
+                kept.append(tensor)
+                buffers.append(placed(tensor))
+        else:
+            arena = DeviceArena(told["memory"], sum(n + 64 for n in sizes))
+            kept.append(arena)
+            for n in sizes:
+                address = arena.allocate(n)
+                arena.write(address, content(len(buffers), n).tobytes())
+                buffers.append(Placed(address, n, arena.region()))
+        transport.register(regions_for(buffers[-len(sizes) :], told["registration"]))
+
     def make(sizes: list[int]) -> None:
+        if gpu:
+            make_on_gpu(sizes)
+            return
         room = sum(n + 64 for n in sizes)
         arena = Arena(max(room, Arena.room(sizes)))
         if told["memory"] in ("memfd", "frozen", "huge"):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,20 @@ from .source_process import Bytes, content
 SIZES = (6 << 20, 1, 100, 4096, 65539)
 HERE_NBYTES = 8 << 20
 UNTOUCHED = 0xA5
+
+
+class Destination(Protocol):
+    """Memory of the reader's, as `peerload.memory.Arena` has it."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def used_nbytes(self) -> int: ...
+    def allocate(self, nbytes: int, align: int = 64) -> int: ...
+    def region(self) -> Region: ...
+    def read(self, address: int, nbytes: int) -> bytes: ...
+    def write(self, address: int, data: bytes) -> None: ...
+    def close(self) -> None: ...
 
 
 class Source(Protocol):
@@ -59,7 +73,7 @@ class Scene:
     source: Source
     reader: Transport
     peer: str
-    arena: Arena
+    arena: Destination
     here: int
 
     def read(self, batch: Batch, deadline: Deadline | None = None) -> None:
@@ -100,13 +114,17 @@ class TransportConformance(abc.ABC):
     def reader(self) -> Transport:
         """A transport that reaches the source; the scene closes it."""
 
+    def destination(self, nbytes: int) -> Destination:
+        """Memory for the reader to read into; the scene closes it."""
+        return Arena(nbytes)
+
     @contextmanager
     def scene(self, registration: str = "arena", sizes: Sequence[int] = SIZES) -> Iterator[Scene]:
         reader = self.reader()
         try:
-            with self.source(sizes, registration) as source, Arena(HERE_NBYTES) as arena:
+            with self.source(sizes, registration) as source, closing(self.destination(HERE_NBYTES)) as arena:
                 here = arena.allocate(HERE_NBYTES, 4096)
-                arena.view(here, HERE_NBYTES)[:] = bytes([UNTOUCHED]) * HERE_NBYTES
+                arena.write(here, bytes([UNTOUCHED]) * HERE_NBYTES)
                 reader.register([arena.region()])
                 yield Scene(source, reader, reader.connect(source.description, "source"), arena, here)
         finally:
@@ -225,7 +243,7 @@ class TransportConformance(abc.ABC):
             assert np.array_equal(scene.landed(0, 50_000), content(0, SIZES[0])[:50_000])
 
     def test_a_reader_registers_more(self) -> None:
-        with self.scene() as scene, Arena(1000) as more:
+        with self.scene() as scene, closing(self.destination(1000)) as more:
             here = more.allocate(1000)
             batch = strided(scene.source.address[0], here, 1000, [], [], [])
             with pytest.raises(PlanError):

@@ -38,6 +38,8 @@ from .table import RegionTable, destination_extents, source_extents
 VERSION: Final = 1
 #: Bytes that go to host memory (a fence, staged scales) pass through device memory of this size.
 TO_HOST_NBYTES: Final = 4 << 20
+#: So many runs are sooner copied to host memory one by one.
+FEW: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +213,13 @@ class CudaIpcTransport:
             raise SourceLost(source, f"its memory can't be read: {error.message}") from error
 
     def _to_host(self, lane: Lane, batch: Batch, deadline: Deadline, doing: str) -> None:
-        """Packed on the device, carried over in one piece, and spread here."""
+        """A few runs one by one; else packed on the device, carried over in one piece, and spread here."""
+        if len(batch) <= FEW and (batch.count == 1).all():
+            deadline.check(doing)
+            for src, dst, run in zip(batch.src.tolist(), batch.dst.tolist(), batch.run.tolist(), strict=True):
+                lane.stream.download(dst, src, run)
+            lane.stream.wait(deadline, doing)
+            return
         room = min(TO_HOST_NBYTES, int((-(-batch.run * batch.count.prod(axis=1) // 16) * 16).sum()))
         if room == 0:
             return

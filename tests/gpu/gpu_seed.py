@@ -1,0 +1,107 @@
+"""Seeds on GPUs in a process of their own: rank i of an instance on GPU i modulo the number of GPUs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from peerload.config import Config
+from peerload.manifest import Layout, ModelKey, Parallel
+from peerload.memory import Arena
+from peerload.rpc.client import CoordinatorClient
+from peerload.seed import Seed
+from peerload.space import space_on
+from peerload.testing.gpu import DeviceArena
+from peerload.testing.instances import content
+from peerload.testing.layouts import Model, layout
+from peerload.transport.registry import opened_transports
+
+CONFIG = Config(registration="arena", fallback="fail", deadline_s=60.0)
+
+
+class GpuRank:
+    """Device memory for every buffer of a layout. Owns it."""
+
+    def __init__(self, made: Layout, gpu: str) -> None:
+        sizes = made.buffer_nbytes.tolist()
+        self.layout, self.gpu = made, gpu
+        self.arena = DeviceArena(gpu, Arena.room(sizes))
+        self.address = np.array([self.arena.allocate(n) for n in sizes], np.int64)
+
+    def write(self, model: Model, parallel: Parallel) -> None:
+        must = content(model, parallel, self.layout.rank)
+        for name, address in zip(self.layout.buffer_names, self.address.tolist(), strict=True):
+            self.arena.write(address, must[name].tobytes())
+
+    def differences(self, model: Model, parallel: Parallel) -> list[str]:
+        must = content(model, parallel, self.layout.rank)
+        columns = zip(self.layout.buffer_names, self.address.tolist(), self.layout.buffer_nbytes.tolist(), strict=True)
+        return [name for name, address, nbytes in columns if self.arena.read(address, nbytes) != must[name].tobytes()]
+
+
+class GpuSeeds:
+    """All ranks of `instance`, offered until the block is left or they are killed."""
+
+    def __init__(self, url: str, name: str, model: Model, parallel: Parallel, gpus: int, instance: str = "seed") -> None:
+        context = multiprocessing.get_context("spawn")
+        self._link, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(url, name, model, parallel, gpus, instance, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> GpuSeeds:
+        self.hear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.is_alive():
+            self._link.send("end")
+            self._process.join(30)
+            self._process.kill()
+
+    def ask(self, order: str) -> None:
+        """ "flip": change the first byte of every buffer and tell nobody."""
+        self._link.send(order)
+        self.hear()
+
+    def kill(self) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.join()
+
+    def hear(self) -> None:
+        if not self._link.poll(90):
+            raise TimeoutError("the seeds' process says nothing")
+        self._link.recv()
+
+
+def _serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, instance: str, link: Connection) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(CoordinatorClient(url, timeout_s=5.0))
+        ranks = []
+        for i in range(parallel.tp * parallel.pp):
+            rank = GpuRank(layout(model, parallel, i), f"cuda:{i % gpus}")
+            stack.enter_context(closing(rank.arena))
+            rank.write(model, parallel)
+            transports = stack.enter_context(opened_transports(CONFIG, rank.gpu))
+            for transport in transports.values():
+                transport.register([rank.arena.region()])
+            seed = Seed(
+                ModelKey(name, model.name), rank.layout, rank.address, coordinator=client, transports=transports,
+                instance=instance, space=space_on(rank.gpu),
+            )  # fmt: skip
+            stack.enter_context(seed)
+            ranks.append(rank)
+        link.send("ready")
+        while (order := link.recv()) != "end":
+            if order == "flip":
+                for rank in ranks:
+                    for address, nbytes in zip(rank.address.tolist(), rank.layout.buffer_nbytes.tolist(), strict=True):
+                        if nbytes:
+                            rank.arena.write(address, bytes([rank.arena.read(address, 1)[0] ^ 1]))
+            link.send("done")
