@@ -178,7 +178,7 @@ class Follower(Recorder):
             return out
         if all(t.device.type != "meta" and not self.loaded(t) for t in tensors):
             return self._executed(func, args, kwargs)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        if _is_composite(func):
             with _again(self):  # under inference_mode operations come before they are decomposed
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -492,6 +492,10 @@ def _write_constants(into: Tensor, new: Iterable[Held]) -> None:
             into.as_strided(held.view.shape, held.view.stride, held.view.offset).copy_(value)
 
 
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
 def _is_view(func: torch._ops.OpOverload) -> bool:
     known = _VIEWS.get(func)
     if known is None:
@@ -499,6 +503,7 @@ def _is_view(func: torch._ops.OpOverload) -> bool:
         known = any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or (
             torch.Tag.inplace_view in func.tags and func._schema.name not in ("aten::resize_", "aten::set_")
         )
+        known = known and not _is_composite(func)  # reshape, contiguous, to: perhaps a view
         known = _VIEWS[func] = known or func._schema.name in ("aten::_unsafe_view", "aten::_reshape_alias")
     return known
 

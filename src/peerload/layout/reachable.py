@@ -27,12 +27,12 @@ _OF_MODULE: Final = ("_parameters", "_buffers", "_modules")
 def reachable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Path -> tensor. Parameters come first and under every name (tied ones more than once), then buffers, then tensors in
     attributes of modules and parameters, in the lists, dicts and plain objects that these hold, and what partial functions,
-    bound methods and closures carry. Each of those once, under the first path found, breadth first. Sparse tensors are
-    left out.
+    bound methods and closures carry. Each of those once, under the first path found, breadth first. Sparse tensors and
+    parameters that aren't initialised yet are left out.
 
     Raises LayoutError when the model holds on to more than MOST_OBJECTS objects."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found: dict[str, Tensor] = {path: tensor for path, tensor in named if _has_memory(tensor)}
     seen = {id(t) for t in found.values()}
     keep: list[object] = []  # an id is a name only while its object lives
     queue: deque[tuple[str, str, object]] = deque()
@@ -51,12 +51,16 @@ def reachable_tensors(model: nn.Module) -> dict[str, Tensor]:
     while queue:
         parent, step, value = queue.popleft()
         path = step if not parent and step[0] != "[" else f"{parent}{step}" if step[0] == "[" else f"{parent}.{step}"
-        if isinstance(value, Tensor) and value.layout is torch.strided:
+        if isinstance(value, Tensor) and _has_memory(value):
             found[path] = value
         look_into(path, value)
         if len(keep) > MOST_OBJECTS:
             raise LayoutError(f"the model holds on to more than {MOST_OBJECTS} objects")
     return found
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)  # type: ignore[no-untyped-call]
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:
