@@ -129,7 +129,7 @@ def stock_model(directory: str | Path, parallel: Parallel = UNSPLIT) -> PreTrain
 
 def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
     """The `new_tokens` ids that follow `prompt`. All ranks of a tensor-parallel model call it with the same prompt."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False,
