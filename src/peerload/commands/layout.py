@@ -76,17 +76,20 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the probe said of one rank. changes: parameter -> (what post-processing does to it, in words)."""
+    """What the probe said of one rank. changes: parameter -> (what post-processing does to it, in words). unprocessed: why it
+    couldn't be run here."""
 
     agreed: int
     differences: tuple[str, ...]
     changes: dict[str, tuple[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
+    unprocessed: str = ""
 
     def document(self) -> dict[str, object]:
         return {
             "agreed": self.agreed, "differences": self.differences, "seconds": round(self.seconds, 4),
             "post_processing": {name: {"kind": kind, "reason": why} for name, (kind, why) in self.changes.items()},
+            "not_post_processed": self.unprocessed,
         }  # fmt: skip
 
 
@@ -154,7 +157,10 @@ def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: 
     agreed = sum(name not in wrong for name in answer.layout.buffer_names)
     if not engine.post_processes:
         return Verdict(agreed, tuple(found), {}, loaded.seconds)
-    processed = engine.probe(parallel, rank, processed=True, bits=bits)
+    try:
+        processed = engine.probe(parallel, rank, processed=True, bits=bits)
+    except LayoutError as error:  # kernels that this host's device lacks
+        return Verdict(agreed, tuple(found), {}, loaded.seconds, error.message)
     changed = changes(loaded, processed)
     for name, (kind, why) in changed.items():
         if kind == "permuted":
@@ -206,7 +212,7 @@ def summary(layout: Layout, seconds: float, *, cached: bool) -> str:
 def _tell(console: Console, parameters: int, verdict: Verdict) -> None:
     console.text(f"trace == probe on {verdict.agreed} of {parameters} parameters ({verdict.seconds:.1f} s)")
     if not verdict.changes:
-        console.text("post-processing: this engine has none")
+        console.text(f"post-processing: {verdict.unprocessed or 'this engine has none'}")
         return
     kinds = [kind for kind, _ in verdict.changes.values()]
     console.text("post-processing: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))))

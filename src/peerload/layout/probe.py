@@ -158,14 +158,16 @@ def probe(
             for tensor in before.values():
                 plain = _plain(tensor)
                 fill_patterns(plain, sentinels(plain.dtype)[number % 2])
+            stage = "loader"
             try:
                 load(model, _weights(numbering, codes, fixed, number, digits))
                 if finish is not None:
+                    stage = "post-processing"
                     finish(model)
             except _DISLIKES as error:
                 raise LayoutError(
-                    f"pass {number + 1} of {digits + RANDOM_PASSES}: the engine fails on coded values: {error!r}",
-                    next_step="give the tensors that it checks fixed values",
+                    f"the engine's {stage} fails on coded values in pass {number + 1} of {digits + RANDOM_PASSES}: {error!r}",
+                    next_step="if it checks values of some tensors, give it fixed ones; it may also lack this host's device",
                 ) from error
             seen.append(_read(tensors_of(model)))
         del model, before

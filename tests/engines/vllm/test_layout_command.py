@@ -57,6 +57,34 @@ def test_post_processing_that_permutes_is_decoded(ask: Ask, tmp_path: Path) -> N
         assert change["kind"] == "unchanged" or "boxes: model.layers.0.mlp.experts.0." in change["reason"]
 
 
+def test_packed_weights_are_followed_number_by_number(ask: Ask, tmp_path: Path) -> None:
+    """vLLM repacks AWQ for the kernel it has here: no 32-bit word survives, each 4-bit number does."""
+    directory = write_family(tmp_path / "model", FAMILIES["llama-awq"])
+    words = ["--model", str(directory), "--tp", "2", "--rank", "1", "--layers", "1", "--probe"]
+    name = "model.layers.0.mlp.down_proj.qweight"
+    (words_seen,), (numbers_seen,) = ask("layout", *words)["ranks"], ask("layout", *words, "--bits", "4")["ranks"]
+    for rank in (words_seen, numbers_seen):
+        assert rank["probe"]["agreed"] == rank["parameters"]
+    if words_seen["probe"]["post_processing"][name]["kind"] == "unchanged":
+        pytest.skip("this host's kernel takes AWQ as it is stored")
+    assert words_seen["probe"]["post_processing"][name]["kind"] == "opaque"
+    change = numbers_seen["probe"]["post_processing"][name]
+    assert change["kind"] == "permuted"
+    assert f"boxes of 4-bit units: {name}[256:512, 0:4]" in change["reason"]
+
+
+def test_post_processing_that_this_host_lacks_is_said(ask: Ask, tmp_path: Path) -> None:
+    """Per-tensor FP8 is requantized to one scale for what is fused: lossy where it can be done, which takes a GPU's kernels."""
+    directory = write_family(tmp_path / "model", FAMILIES["llama-fp8-tensor"])
+    (rank,) = ask("layout", "--model", str(directory), "--layers", "1", "--probe")["ranks"]
+    assert rank["probe"]["agreed"] == rank["parameters"]
+    if rank["probe"]["not_post_processed"]:
+        assert "the engine's post-processing fails" in rank["probe"]["not_post_processed"]
+        assert rank["probe"]["post_processing"] == {}
+    else:
+        assert rank["probe"]["post_processing"]["model.layers.0.self_attn.qkv_proj.weight"]["kind"] == "opaque"
+
+
 def test_plans_are_made_of_its_layouts(ask: Ask, tmp_path: Path) -> None:
     directory = write_family(tmp_path / "model", FAMILIES["llama"], weights=False)
     document = ask(
