@@ -51,7 +51,7 @@ def load_all(
             mine = GpuRank(layout(model, parallel, rank), f"cuda:{rank % gpus}")
             stack.enter_context(closing(mine.arena))
             transports = stack.enter_context(opened_transports(config, mine.gpu))
-            member = Member("target", rank, parallel.tp * parallel.pp, "once")
+            member = Member("target", rank, parallel.tp * parallel.pp, name)
             job = Job(
                 ModelKey(name, model.name), mine.layout, mine.address, [mine.arena.region()], member, transports, config,
                 coordinator=client, reserve=reserve,

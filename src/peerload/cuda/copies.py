@@ -12,7 +12,7 @@ import numpy as np
 
 from ..batch import LEVELS, Batch
 from ..geometry import IntArray
-from .tables import Table, as_table, lowest_bit
+from .tables import Table, alignment, as_table
 
 #: As `copy_row` in kernels.cu.
 ROW: Final = np.dtype([
@@ -32,24 +32,29 @@ PEELED_NBYTES: Final = 256
 def rows_of(batch: Batch) -> tuple[Table, IntArray]:
     """The kernel's table for `batch`, and the tiles of each of its rows (at least one)."""
     assert LEVELS == 3, "kernels.cu counts three levels"
-    batch = batch.take(np.flatnonzero(batch.run * batch.count.prod(axis=1)))
-    batch = _peeled(batch.cut(LARGEST_NBYTES)[0])
-    src_step, dst_step = (np.where(batch.count > 1, step, 0) for step in (batch.src_step, batch.dst_step))
-    steps = [step[:, level] for step in (src_step, dst_step) for level in range(LEVELS)]
-    unit = lowest_bit(batch.src, batch.dst, batch.run, *steps, at_most=WIDEST)
-    run = batch.run // unit
-    total = run * batch.count.prod(axis=1)
-    table = as_table(
-        ROW, len(batch), src=batch.src, dst=batch.dst, src_step=src_step, dst_step=dst_step, run=run,
-        count1=batch.count[:, 1], count2=batch.count[:, 2], total=total, shift=np.log2(unit).astype(np.int64),
-    )  # fmt: skip
-    return table, -(-total // TILE)
+    size = batch.run * batch.count.prod(axis=1)
+    if len(batch) and int(size.min()) == 0:
+        batch = batch.take(np.flatnonzero(size))
+    if len(batch) and int(size.max()) > LARGEST_NBYTES:
+        batch, _ = batch.cut(LARGEST_NBYTES)
+    batch = _peeled(batch)
+    many = batch.count > 1
+    columns = {"src": batch.src, "dst": batch.dst, "count1": batch.count[:, 1], "count2": batch.count[:, 2]}
+    divided = [batch.src, batch.dst, batch.run]
+    if many.any():
+        columns["src_step"], columns["dst_step"] = (np.where(many, step, 0) for step in (batch.src_step, batch.dst_step))
+        divided += [columns[name][:, level] for name in ("src_step", "dst_step") for level in range(LEVELS)]
+    shift = alignment(*divided)
+    columns["run"] = batch.run >> shift
+    columns["total"] = total = columns["run"] * batch.count.prod(axis=1)
+    return as_table(ROW, len(batch), shift=shift, **columns), -(-total // TILE)
 
 
 def _peeled(batch: Batch) -> Batch:
     """Plain runs that begin or end inside a unit, in up to three parts, so that the middle one is whole units."""
-    plain = (batch.count == 1).all(axis=1) & (batch.run >= PEELED_NBYTES) & ((batch.src - batch.dst) % WIDEST == 0)
-    odd = np.flatnonzero(plain & ((batch.src % WIDEST != 0) | (batch.run % WIDEST != 0)))
+    ends = (batch.src | batch.run) % WIDEST != 0
+    odd = np.flatnonzero(ends & (batch.run >= PEELED_NBYTES) & ((batch.src - batch.dst) % WIDEST == 0))
+    odd = odd[(batch.count[odd] == 1).all(axis=1)]
     if len(odd) == 0:
         return batch
     src, dst, run = batch.src[odd], batch.dst[odd], batch.run[odd]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..geometry import IntArray
-from .tables import Table, as_table, lowest_bit
+from .tables import Table, alignment, as_table
 
 #: As `digest_row` in kernels.cu.
 ROW: Final = np.dtype([
@@ -50,7 +50,7 @@ def rows_of(
     byte, address = byte[row] + ahead, address[row] + further
     used = extent > 1
     steps = [np.where(used, column, 0)[:, axis] for column in (step, memory) for axis in range(AXES)]
-    unit = lowest_bit(address, byte, run, *steps, at_most=WIDEST)
+    unit = 1 << alignment(address, byte, run, *steps)
     dense = ~scattered & (unit == WIDEST) & (run >= DENSE_NBYTES)
     short = ~scattered & ~dense
     extent[:, 0] = np.where(short, run // unit, extent[:, 0])
@@ -73,8 +73,8 @@ Axes = tuple[IntArray, IntArray, IntArray]
 
 
 def _normal_form(itemsize: IntArray, shape: IntArray, size: IntArray, stride: IntArray) -> tuple[IntArray, *Axes]:
-    """Bytes of each box's runs that are contiguous in the tensor and in memory, and what is around them as axes
-    [n, width + AXES], innermost first: extent, step in the tensor, step in memory. Extent 1 (and steps 0) where unused."""
+    """Bytes of each box's runs that are contiguous in the tensor and in memory, and what is around them as axes [n, AXES or
+    more], innermost first: extent, step in the tensor, step in memory. Extent 1 (and steps 0) where unused."""
     n, width = shape.shape
     run, depth, every = itemsize.copy(), np.zeros(n, np.int64), np.arange(n)
     extent, step, memory = np.ones((n, width + AXES), np.int64), *np.zeros((2, n, width + AXES), np.int64)
@@ -91,7 +91,8 @@ def _normal_form(itemsize: IntArray, shape: IntArray, size: IntArray, stride: In
         push = np.flatnonzero(real & ~grow & ~merge)
         extent[push, depth[push]], step[push, depth[push]], memory[push, depth[push]] = count[push], s[push], m[push]
         depth[push] += 1
-    return run, extent, step, memory
+    slots = max(AXES, int(depth.max(initial=0)) + 1)
+    return run, extent[:, :slots], step[:, :slots], memory[:, :slots]
 
 
 def _placed(scattered: npt.NDArray[np.bool_], extent: IntArray, step: IntArray, memory: IntArray) -> Axes:
@@ -100,8 +101,10 @@ def _placed(scattered: npt.NDArray[np.bool_], extent: IntArray, step: IntArray, 
     elements share a segment."""
     n, slots = extent.shape
     last = slots - 1
-    order = np.tile(np.append(last, np.arange(last)), (n, 1))  # around runs: an unused axis, then all others as they are
     rows = np.flatnonzero(scattered)
+    if len(rows) == 0:
+        return np.roll(extent, 1, axis=1), np.roll(step, 1, axis=1), np.roll(memory, 1, axis=1)
+    order = np.tile(np.append(last, np.arange(last)), (n, 1))  # around runs: an unused axis, then all others as they are
     near = np.argmin(np.where(extent[rows] > 1, np.abs(memory[rows]), np.iinfo(np.int64).max), axis=1)
     row = np.where(near == 0, 1, 0)  # axes are in order of their steps in the tensor
     rest = np.tile(np.arange(slots), (len(rows), 1))

@@ -231,6 +231,18 @@ __device__ static void add_elements(partial *p, const limbs &b, const digest_row
     close_segment(p, row->key);
 }
 
+/* Add the lanes' parts of a digest to sums. */
+__device__ static void add_up(u64 *sums, u32 slot, u64 digest, u32 lane)
+{
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2)
+        digest = reduce(digest + __shfl_xor_sync(0xffffffffu, digest, step));
+    if (lane == 0) {
+        atomicAdd(sums + 2 * slot, digest & 0xffffffffu);
+        atomicAdd(sums + 2 * slot + 1, digest >> 32);
+    }
+}
+
 /* sums[2 * slot] and sums[2 * slot + 1] get the low and the high halves of the digests of all tiles of rows of that slot. */
 extern "C" __global__ void __launch_bounds__(256, 3)
     peerload_digest(const digest_row *table, const u32 *first, u32 rows, u32 tiles, u64 *sums)
@@ -242,22 +254,20 @@ extern "C" __global__ void __launch_bounds__(256, 3)
             b[i][j] = (u32)(key >> i * LIMB_BITS) & ((1u << LIMB_BITS) - 1);
     }
     __syncthreads();
-    u32 lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
+    u32 lane = threadIdx.x % LANES, warps = blockDim.x / LANES, slot = 0;
+    partial p = {{0, 0, 0}, 0, 0};
     for (u32 tile = blockIdx.x * warps + threadIdx.x / LANES; tile < tiles; tile += gridDim.x * warps) {
         u32 i = row_of(first, rows, tile);
         const digest_row *row = table + i;
-        partial p = {{0, 0, 0}, 0, 0};
+        if (row->slot != slot) { /* as seldom as can be: all warps add to the same place */
+            add_up(sums, slot, p.digest, lane);
+            slot = row->slot;
+            p.digest = 0;
+        }
         if (row->dense)
             add_dense(&p, b, row, tile - first[i], lane);
         else
             add_elements(&p, b, row, tile - first[i], lane);
-        u64 digest = p.digest;
-#pragma unroll
-        for (int step = LANES / 2; step > 0; step /= 2)
-            digest = reduce(digest + __shfl_xor_sync(0xffffffffu, digest, step));
-        if (lane == 0) {
-            atomicAdd(sums + 2 * row->slot, digest & 0xffffffffu);
-            atomicAdd(sums + 2 * row->slot + 1, digest >> 32);
-        }
     }
+    add_up(sums, slot, p.digest, lane);
 }

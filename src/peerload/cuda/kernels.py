@@ -1,8 +1,9 @@
-"""kernels.cu for the GPU at hand: compiled once in a process, about 0.2 s, by NVRTC, which every CUDA build of PyTorch brings."""
+"""kernels.cu for the GPU at hand: compiled by NVRTC, which every CUDA build of PyTorch brings, once in a process (up to a second)."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from importlib import resources
 from typing import Final
@@ -39,9 +40,17 @@ def source() -> str:
     return resources.files(__package__).joinpath("kernels.cu").read_text(encoding="utf-8")
 
 
-@cache
+_compiling = threading.Lock()
+
+
 def compiled(major: int, minor: int) -> bytes:
     """Machine code for one compute capability. Raises HostError with the compiler's own words."""
+    with _compiling:  # who comes second waits for the first
+        return _compiled(major, minor)
+
+
+@cache
+def _compiled(major: int, minor: int) -> bytes:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -21,7 +22,7 @@ from .kernels import Kernels
 from .tables import Lane, Table
 
 #: A launch moves about so much: what may still be written once a deadline has passed.
-GRAIN_NBYTES: Final = 256 << 20
+GRAIN_NBYTES: Final = 2 << 30
 #: Addresses that share all bits above these lie in memory of one kind: allocations of devices are cut from blocks of 2 MiB.
 KIND_BITS: Final = 21
 
@@ -32,7 +33,9 @@ class Mover:
     def __init__(self, device: Device) -> None:
         self.device: Final = device
         self._lock = threading.Lock()
-        self._compiled: Kernels | None = None
+        compiler = ThreadPoolExecutor(1, "peerload-kernels")
+        self._compiled = compiler.submit(Kernels, device)  # ready by the time there is something to copy
+        compiler.shutdown(wait=False)
         self._idle: list[Lane] = []
         self._closed = False
 
@@ -54,11 +57,8 @@ class Mover:
                 lane.close()
 
     def _kernels(self) -> Kernels:
-        """Made when first needed: who only offers memory never does."""
-        with self._lock:
-            if self._compiled is None:
-                self._compiled = Kernels(self.device)
-            return self._compiled
+        """Raises HostError when there can't be any."""
+        return self._compiled.result()
 
     def copy(self, lane: Lane, batch: Batch, deadline: Deadline | None = None, doing: str = "") -> None:
         """All of `batch`, whose addresses kernels can touch. Returns when it is done. Raises DeadlineExceeded, once nothing is
@@ -102,6 +102,7 @@ class Mover:
         with self._lock:
             self._closed = True
             lanes, self._idle = self._idle, []
+        wait([self._compiled])
         for lane in lanes:
             lane.close()
 

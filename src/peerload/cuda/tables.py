@@ -64,12 +64,15 @@ class Lane:
         self.stream.close()
 
 
-def lowest_bit(*columns: npt.NDArray[np.int64], at_most: int) -> npt.NDArray[np.int64]:
-    """The largest power of two, up to `at_most`, that divides all columns, row by row. Zeros are divisible by all."""
-    joined = np.full(len(columns[0]), at_most, np.int64)
-    for column in columns:
-        joined |= column
-    return joined & -joined
+def alignment(*columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Row by row, 0..4: the exponent of the largest power of two, up to 16, that divides all columns."""
+    joined = columns[0] & 15
+    for column in columns[1:]:
+        joined |= column & 15
+    return _TRAILING_ZEROS[joined]
+
+
+_TRAILING_ZEROS: Final = np.array([4, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0])
 
 
 def as_table(kind: npt.DTypeLike, rows: int, **columns: npt.NDArray[Any]) -> Table:

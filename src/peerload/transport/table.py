@@ -56,8 +56,12 @@ class RegionTable:
 
 def source_extents(batch: Batch) -> tuple[IntArray, IntArray]:
     """Lowest source byte of each row and one past the highest."""
+    if (batch.count == 1).all():
+        return batch.src, batch.src + batch.run
     return byte_extents(batch.src, batch.count, batch.src_step, batch.run)
 
 
 def destination_extents(batch: Batch) -> tuple[IntArray, IntArray]:
+    if (batch.count == 1).all():
+        return batch.dst, batch.dst + batch.run
     return byte_extents(batch.dst, batch.count, batch.dst_step, batch.run)
