@@ -13,13 +13,14 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from peerload.errors import ConfigError, LayoutError  # noqa: E402
+from peerload.geometry import Box  # noqa: E402
 from peerload.layout.agree import agree  # noqa: E402
 from peerload.layout.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
 from peerload.layout.compress import strided_boxes, strided_runs  # noqa: E402
 from peerload.layout.decoded import decoded_layout, told_boxes  # noqa: E402
 from peerload.layout.probe import COMPUTED, CONSTANT, UNWRITTEN, Probed, changes, probe  # noqa: E402
 from peerload.layout.trace import DTYPES, Recorder, layout_of  # noqa: E402
-from peerload.manifest import Catalog, Layout, Parallel, TensorSpec  # noqa: E402
+from peerload.manifest import Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec  # noqa: E402
 
 common = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -389,6 +390,40 @@ def test_a_trace_of_another_loader_is_told_apart(name: str, wrong: Fill) -> None
     (difference,) = agree(layout, probe(build, lambda m, weights: m.load(weights, wrong), MIXED))
     assert difference.startswith(f"{name}: ")
     assert "elements differ, first" in difference
+
+
+def test_a_layout_that_lies_about_casts_and_constants_is_told_apart() -> None:
+    def load(model: Plain, weights: Iterable[tuple[str, Tensor]]) -> None:
+        found = dict(weights)
+        model.c.data[:3].copy_(found["bias"][:3])
+        model.c.data[3:].fill_(2.0)
+        model.d.data.copy_(found["bias"].exp()[:2])
+
+    probed = probe(lambda: Plain(c=("F32", (5,)), d=("BF16", (2,))), load, MIXED)
+    catalog = Catalog.of([*MIXED, TensorSpec("bias as F32", "F32", (6,)), TensorSpec("d by toy", "BF16", (2,))])
+
+    def layout(of: str, start: int, fill: float, d: str) -> Layout:
+        pieces = [
+            Piece(catalog.row[of], Box((start,), (start + 3,)), 0, 0, (4,)),
+            Piece(catalog.row[d], Box((0,), (2,)), 1, 0, (2,)),
+        ]
+        constant = Constant(0, 12, (2,), (4,), np.float32(fill).tobytes())
+        return Layout(catalog, ("c", "d"), np.array([20, 4], np.int64), Pieces.of(pieces, catalog.width), (constant,))
+
+    assert agree(layout("bias as F32", 0, 2.0, "d by toy"), probed) == []
+    wrong = {
+        "first 0 (in memory order): the layout says bias[1]": layout("bias as F32", 1, 2.0, "d by toy"),
+        "first 3 (in memory order): the layout says a constant 0x40400000, the probe a constant 0x40000000": layout(
+            "bias as F32", 0, 3.0, "d by toy"
+        ),
+        "the layout says scale[0], the probe bias[0]": layout("scale", 0, 2.0, "d by toy"),
+        "d: 2 of 2 elements differ, first 0 (in memory order): the layout says bias[0], the probe a computed value": layout(
+            "bias as F32", 0, 2.0, "bias"
+        ),
+    }
+    for text, lie in wrong.items():
+        (difference,) = agree(lie, probed)
+        assert text in difference
 
 
 def test_a_parameter_that_the_trace_lacks_is_named() -> None:
