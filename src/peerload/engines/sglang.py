@@ -7,29 +7,45 @@ in which the groups have a rank and a size and nothing else: a collective operat
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from sglang.srt import runtime_context
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.model_executor.model_runner import adjust_config_with_unaligned_cpu_tp
+from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
 from sglang.srt.model_loader import loader
-from sglang.srt.model_loader.utils import set_default_torch_dtype
+from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.server_args import ServerArgs
 from sglang.version import __version__
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError
-from ..manifest import Parallel
-from .checkpoint import ModelFiles
+from ..layout.loader import Traced, trace_loader
+from ..layout.probe import Probed, probe
+from ..layout.reachable import reachable_tensors
+from ..manifest import Catalog, Parallel
+from .checkpoint import Checkpoint, ModelFiles
 
+#: What this engine is called in layouts and reports.
+VERSION: Final = f"sglang {__version__}"
+
+#: SGLang's models that are transformers', for architectures that it has none of its own for.
+_TRANSFORMERS: Final = "sglang.srt.models.transformers"
+
+_UNSPLIT: Final = Parallel()
+
+#: What SGLang raises for models, quantizations and hosts that it doesn't support.
+_FAILURES: Final = (
+    ValueError, NotImplementedError, AssertionError, RuntimeError, AttributeError, TypeError, KeyError, ImportError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +85,27 @@ def rank_of(directory: Path, parallel: Parallel, rank: int) -> Iterator[ModelCon
     size = parallel.tp * parallel.pp
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below {size}")
-    if parallel.ep > parallel.tp or parallel.tp % parallel.ep:
+    if parallel.tp % parallel.ep:
         raise ConfigError(f"SGLang's expert parallelism divides its tensor parallelism: ep={parallel.ep}, tp={parallel.tp}")
     before = runtime_context.snapshot_context()
     runtime_context.reset_context()
     try:
+        with _capability():
+            yield _configured(directory, parallel, rank)
+    finally:
+        runtime_context.restore_context(before)
+
+
+def _configured(directory: Path, parallel: Parallel, rank: int) -> ModelConfig:
+    try:
         arguments = ServerArgs(
             model_path=str(directory), tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep, device=_device(),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=True, disable_radix_cache=True,
         )  # fmt: skip
         runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
         known, now = runtime_context._parallel_fields(), runtime_context.get_parallel()
         groups = {
-            "world_group": _Group(size, rank),
+            "world_group": _Group(parallel.tp * parallel.pp, rank),
             "pp_group": _Group(parallel.pp, now.pp_rank),
             "tp_group": _Group(parallel.tp, now.tp_rank),
             "attn_tp_group": _Group(now.attn_tp_size, now.attn_tp_rank),
@@ -93,20 +117,25 @@ def rank_of(directory: Path, parallel: Parallel, rank: int) -> Iterator[ModelCon
         }
         now.override_permanently(**{name: group for name, group in groups.items() if name in known})
         config = ModelConfig.from_server_args(arguments)
-        if arguments.device == "cpu":
+        if _device() == "cpu":  # heads and experts are padded there, where on a GPU heads would be replicated
             config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), parallel.tp)
-        yield config
-    finally:
-        runtime_context.restore_context(before)
+    except _FAILURES as error:
+        raise LayoutError(f"{VERSION} refuses this model at {parallel}: {error}") from error
+    return config
 
 
 def build(config: ModelConfig, device: str = "meta") -> nn.Module:
     """The model of the rank that `rank_of` is, its parameters not yet written. Raises LayoutError for what SGLang can't
     build here."""
     load = LoadConfig()
-    quantization = loader._get_quantization_config(config, load)
-    with set_default_torch_dtype(config.dtype), torch.device(device):
-        return loader._initialize_model(config, load, quantization)
+    try:
+        if get_model_architecture(config)[0].__module__ == _TRANSFORMERS:
+            device = _device()  # on meta, it replaces parameters by some that don't know how to be loaded
+        quantization = loader._get_quantization_config(config, load)
+        with set_default_torch_dtype(config.dtype), torch.device(device):
+            return loader._initialize_model(config, load, quantization)
+    except _FAILURES as error:
+        raise LayoutError(f"{VERSION} can't build {config.hf_config.architectures} here: {error!r}") from error
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -116,6 +145,63 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
 
 def postprocess(model: nn.Module) -> None:
     loader.DefaultModelLoader.postprocess_weights(model, torch.device(_device()))
+
+
+def trace_layout(
+    model: str | Path | ModelFiles, parallel: Parallel = _UNSPLIT, rank: int = 0, catalog: Catalog | None = None
+) -> Traced:
+    """What `rank` of an instance of this model holds after SGLang's `load_weights`. Needs no weights and no memory for them.
+
+    model: a directory, or the files of one. catalog: the checkpoint's tensors, by default those of the directory's safetensors
+    files. Raises ConfigError for a split that SGLang doesn't have, LayoutError for what it can't build here or what can't be
+    followed. Not thread-safe: SGLang's process-wide configuration is borrowed, and put back."""
+    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank) as config:
+        twin = build(config)
+        return trace_loader(twin, partial(load_weights, twin), tensors, parallel=parallel, rank=rank, engine=VERSION)
+
+
+def probe_layout(
+    model: str | Path | ModelFiles,
+    parallel: Parallel = _UNSPLIT,
+    rank: int = 0,
+    catalog: Catalog | None = None,
+    *,
+    processed: bool = False,
+    fixed: Mapping[str, Tensor] = MappingProxyType({}),
+    bits: int | None = None,
+) -> Probed:
+    """What `rank` of an instance really has after loading coded values and, if `processed`, after SGLang's post-processing: for
+    small models, which are loaded several times. For `fixed` and `bits` see `layout.probe`; otherwise like `trace_layout`."""
+    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank) as config:
+        return probe(
+            partial(build, config, "cpu"), load_weights, tensors, finish=postprocess if processed else None,
+            tensors_of=reachable_tensors, fixed=fixed, bits=bits,
+        )  # fmt: skip
+
+
+@contextmanager
+def _opened(model: str | Path | ModelFiles, catalog: Catalog | None) -> Iterator[tuple[Path, Catalog]]:
+    """A directory with the model's small files, and its tensors."""
+    with TemporaryDirectory(prefix="peerload-") as scratch:
+        if catalog is None:
+            if isinstance(model, ModelFiles):
+                raise ConfigError("a model's small files don't say which tensors it has", next_step="give a checkpoint directory")
+            yield Path(model), Checkpoint.open(model).catalog
+            return
+        ModelFiles.of(model).write(Path(scratch))
+        yield Path(scratch), catalog
+
+
+@contextmanager
+def _capability() -> Iterator[None]:
+    """Where there is no GPU, some quantization methods ask for one's capability all the same: that of an H100 or H200."""
+    ask = torch.cuda.get_device_capability
+    if not torch.cuda.is_available():
+        torch.cuda.get_device_capability = lambda *_: (9, 0)
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = ask
 
 
 def _device() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import socket
 import uuid
@@ -15,16 +14,15 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_pp_group, get_tp_group, get_world_group
-from sglang.srt.distributed.parallel_state import get_moe_expert_parallel_world_size
+from sglang.srt.distributed.parallel_state import get_moe_ep_group, get_pp_group, get_tp_group, get_world_group
 from sglang.srt.model_loader.loader import DefaultModelLoader, post_load_weights
 from sglang.version import __version__
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import LayoutError
 from ..manifest import Parallel
-from .worker import Identity, Worker
+from .worker import Identity, NotFollowed, Worker
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +33,40 @@ class Loader(DefaultModelLoader):
     """Made by SGLang for each model it loads, and for each update of weights from disk, which it then does as ever."""
 
     def __init__(self, load_config: LoadConfig) -> None:
-        extra = load_config.model_loader_extra_config or {}
-        self._config = Config.load(json.dumps(extra) if extra else "")
+        told = load_config.model_loader_extra_config or {}
+        self._config = Config.from_mapping(told) if told else Config.load()
         super().__init__(dataclasses.replace(load_config, load_format=LoadFormat.AUTO, model_loader_extra_config={}))
         self._loading: ModelConfig | None = None
         self._worker: Worker | None = None
 
     def load_model(self, *, model_config: ModelConfig, device_config: DeviceConfig) -> nn.Module:
-        self._loading = model_config
-        try:
-            return super().load_model(model_config=model_config, device_config=device_config)
-        finally:
-            self._loading = None
+        """Build, load, post-process, then serve others until `close`. A draft model comes from disk: it is small, and no part
+        of what the instance is known by."""
+        if not model_config.is_draft_model:
+            self._loading = model_config
+            try:
+                return super().load_model(model_config=model_config, device_config=device_config)
+            except NotFollowed as error:
+                reason = error.message  # the error holds on to the model
+            finally:
+                self._loading = None
+            log.warning("peerload: %s; SGLang loads it from disk, and this instance is no seed of it", reason)
+        return super().load_model(model_config=model_config, device_config=device_config)
 
     def load_weights_and_postprocess(
         self, model: nn.Module, weights: Iterable[tuple[str, Tensor]], target_device: torch.device
     ) -> None:
-        model_config = self._loading
-        if model_config is None or not self._eligible(model_config, model):
+        if self._loading is None:
             super().load_weights_and_postprocess(model, weights, target_device)
             return
-        worker = Worker(
-            identity(), self._config, self._directory(model_config),
-            load_weights=lambda m, tensors: self.load_weights_only(m, tensors, target_device),
-            load_all=lambda m: self.load_weights_only(m, weights, target_device),
-            finish=post_load_weights if hasattr(model, "post_load_weights") else None,
-        )  # fmt: skip
+
+        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+            if list(getattr(model, "secondary_weights", ())):
+                raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")
+            self.load_weights_only(model, weights, target_device)
+
+        finish = post_load_weights if hasattr(model, "post_load_weights") else None
+        worker = Worker(identity(), self._config, self._directory(self._loading), load_weights=load_weights, finish=finish)
         worker.load(model)
         self.postprocess_weights(model, target_device)
         worker.serve(model)
@@ -70,21 +76,8 @@ class Loader(DefaultModelLoader):
         """End the seed, if there is one. Safe to call twice."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            log.info("peerload: %s; this rank is no longer a seed", why)
+            log.info("peerload: %s: this rank is no seed any more", why)
             worker.close()
-
-    def _eligible(self, model_config: ModelConfig, model: nn.Module) -> bool:
-        """Whether peers are asked for this model at all: it is one checkpoint, and the one that the instance serves."""
-        reasons = {
-            "a draft model": model_config.is_draft_model,
-            "weights from several checkpoints": bool(getattr(model, "secondary_weights", ())),
-        }
-        found = [reason for reason, applies in reasons.items() if applies]
-        if found and self._config.fallback != "disk" and not model_config.is_draft_model:
-            raise ConfigError(f"{model_config.model_path}: {found[0]} can't come from peers, and fallback is {self._config.fallback}")
-        if found:
-            log.warning("peerload: %s (%s) is loaded from disk", model_config.model_path, found[0])
-        return not found
 
     def _directory(self, model_config: ModelConfig) -> Path:
         """The checkpoint, downloaded if it has to be."""
@@ -96,7 +89,7 @@ class Loader(DefaultModelLoader):
 def identity() -> Identity:
     """Which rank of which instance this process is. Collective: all ranks of the instance call it."""
     world = get_world_group()
-    launch = world.broadcast_object(uuid.uuid4().hex if world.rank_in_group == 0 else None)
-    parallel = Parallel(get_tp_group().world_size, get_pp_group().world_size, get_moe_expert_parallel_world_size())
-    instance = f"{socket.gethostname()}/sglang/{launch[:8]}"
+    launch, host = world.broadcast_object((uuid.uuid4().hex, socket.gethostname()) if world.rank_in_group == 0 else None)
+    parallel = Parallel(get_tp_group().world_size, get_pp_group().world_size, get_moe_ep_group().world_size)
+    instance = f"{host}-{launch[:8]}"
     return Identity(ENGINE, instance, launch, parallel, world.rank_in_group, world.world_size)

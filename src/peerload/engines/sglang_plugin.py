@@ -1,6 +1,6 @@
-"""SGLang instances that load from each other: `--load-format peerload`, once peerload is installed beside SGLang.
+r"""SGLang instances that load from each other: `--load-format peerload`, once peerload is installed beside SGLang.
 
-    python -m sglang.launch_server --model-path DIR --tp 2 --load-format peerload \\
+    python -m sglang.launch_server --model-path DIR --tp 2 --load-format peerload \
         --model-loader-extra-config '{"url": "coordinator:7070"}'
 
 The JSON is a `peerload.config.Config`; without it $PEERLOAD_CONFIG counts, and then the defaults. `sgl.Engine` takes the same

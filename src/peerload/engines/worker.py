@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import ConfigError, LayoutError, ManifestError
+from ..layout.coverage import require_covered
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
 from ..manifest import ModelKey, Parallel
@@ -135,6 +136,7 @@ class Worker:
             return self._load_weights(model, weights)
 
         traced = trace_loader(model, load_weights, checkpoint.catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
+        require_covered(traced, model, who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
             more = f" ({len(traced.hidden) - 1} more like it)" if len(traced.hidden) > 1 else ""

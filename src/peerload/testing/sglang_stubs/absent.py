@@ -36,7 +36,7 @@ class _Submodules(MetaPathFinder, Loader):
     def __init__(self, package: str) -> None:
         self._prefix = f"{package}."
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.startswith(self._prefix) else None
 
     def exec_module(self, module: ModuleType) -> None:
