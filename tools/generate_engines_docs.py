@@ -1,0 +1,126 @@
+"""Write `docs/engines.md` from runs of the tests: which model, in which dtype, in which engine, was shown to do what.
+
+    python tools/generate_engines_docs.py RUN.xml [...] [RUN.jsonl ...]
+
+RUN.xml: `pytest --junitxml` of tests/engines, whose tests record a `cell` each. RUN.jsonl: lines of `tests/gpu/vllm_matrix.py`.
+Text above the first table is the document's own and kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from peerload.testing.families import FAMILIES
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "engines.md"
+MARK = "<!-- Generated from here on by tools/generate_engines_docs.py -->\n"
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+
+
+@dataclass
+class Cell:
+    """What was shown of one engine, family and dtype: sentences by column ("same TP", "mixed TP")."""
+
+    layouts: set[int] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
+    cpu: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    gpu: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+
+    def text(self, column: str) -> str:
+        found = []
+        if self.gpu[column]:
+            results = defaultdict(list)
+            for pair, result in sorted(self.gpu[column].items()):
+                results[result].append(pair)
+            found += [f"**H200**: {', '.join(pairs)} {result}" for result, pairs in results.items()]
+        if self.cpu[column]:
+            found.append(f"**CPU**: {', '.join(sorted(self.cpu[column]))} loaded")
+        if self.refused:
+            found.append(f"{'; '.join(sorted(self.refused))}: falls back to the engine's own load")
+        elif self.layouts:
+            found.append(f"CPU: layouts of TP {', '.join(map(str, sorted(self.layouts)))} proven")
+        return "; ".join(found) or "not run"
+
+
+def cells_of(run: Path) -> Iterator[dict[str, object]]:
+    """What the passed tests of a JUnit file have recorded."""
+    for case in ElementTree.parse(run).iter("testcase"):  # noqa: S314 - our own file
+        if case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
+            for recorded in case.iter("property"):
+                if recorded.get("name") == "cell":
+                    yield ast.literal_eval(recorded.get("value", "{}"))
+
+
+def column(seed_tp: int, tp: int) -> str:
+    return "same TP" if seed_tp == tp else "mixed TP"
+
+
+def collect(runs: Iterable[Path]) -> dict[tuple[str, str, str], Cell]:
+    """By engine, family and quantization."""
+    table: dict[tuple[str, str, str], Cell] = defaultdict(Cell)
+    for run in runs:
+        if run.suffix == ".jsonl":
+            for row in map(json.loads, run.read_text().splitlines()):
+                model, _, quantization = str(row["model"]).partition("-bf16")
+                name, _, tail = model.partition("-fp8")
+                family = {"llama": "Llama", "qwen3-moe": "Qwen3-MoE"}[name]
+                cell = table[row["engine"], family, f"fp8{tail}" if tail else quantization or "bf16"]
+                cell.gpu[column(row["seed_tp"], row["tp"])][f"{row['seed_tp']}->{row['tp']}"] = result_of(row)
+            continue
+        for told in cells_of(run):
+            engine = str(told["engine"])
+            if "seed_tp" in told:
+                family = FAMILIES[str(told["family"])]
+                seed_tp, tp = int(str(told["seed_tp"])), int(str(told["tp"]))
+                cell = table[engine, family.architecture, family.quantization]
+                cell.cpu[column(seed_tp, tp)].add(f"{seed_tp}->{tp}")
+                continue
+            cell = table[engine, str(told["family"]), str(told["quantization"])]
+            if told["result"] == "trace == probe":
+                cell.layouts.add(int(str(told["tp"])))
+            else:
+                ep = f"EP {told['ep']}: " if told.get("ep", 1) != 1 else ""
+                cell.refused.add(f"{ep}{told['result']}")
+    return table
+
+
+def result_of(row: dict[str, object]) -> str:
+    """What a line of the GPU matrix says, in a few words."""
+    if "failed" in row or row["wrong"]:
+        return "FAILED"
+    sources = row["sources"]
+    assert isinstance(sources, list)
+    disk = [size for size, source in sources if str(source).startswith("disk:")]
+    if len(disk) == len(sources):
+        return "falls back to disk"
+    return f"loaded, {disk[0]} of it from disk because post-processing rewrites it" if disk else "loaded"
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        sys.stdout.write(str(__doc__))
+        return 2
+    table = collect(map(Path, sys.argv[1:]))
+    order = {(f.architecture, f.quantization): i for i, f in enumerate(FAMILIES.values())}
+    text = MARK
+    for engine, title in ENGINES.items():
+        rows = sorted((k for k in table if k[0] == engine), key=lambda k: order.get((k[1], k[2]), len(order)))
+        if rows:
+            text += f"\n## {title}\n\n| family | dtype | same TP | mixed TP |\n|---|---|---|---|\n"
+            for key in rows:
+                text += f"| {key[1]} | {key[2]} | {table[key].text('same TP')} | {table[key].text('mixed TP')} |\n"
+    before = DOCUMENT.read_text(encoding="utf-8").partition(MARK)[0]
+    DOCUMENT.write_text(before + text, encoding="utf-8")
+    sys.stdout.write(f"{len(table)} cells\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
