@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import coordinator_process
 
-from peerload.testing.models import Spec, check, halved, load, offer, refuse, results, running
+from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running
 
 pytestmark = pytest.mark.e2e
 
@@ -80,7 +80,7 @@ def test_more_experts(url: str, models: Path, family: str) -> None:
 
 def test_a_trainer_feeds_inference(url: str, models: Path) -> None:
     """Two ranks of `fully_shard`, F32 masters, tied embeddings: offered in BF16 in place of what the checkpoint has, also
-    after a step of training has gathered parameters, and after the weights have changed."""
+    after a step of training has gathered parameters, and after the weights have changed. While they change nobody gets any."""
     directory = checkpoint(models, "qwen3_moe", tie_word_embeddings=True)
     config = {"url": url, "fallback": "fail", "revision": "run-1"}
     target = Spec(directory=directory, config=config)
@@ -89,6 +89,11 @@ def test_a_trainer_feeds_inference(url: str, models: Path) -> None:
         assert "model.layers.0.mlp.experts.gate_up_proj" in names
         check(results(load, target))
         trainer.ask("step")
+        trainer.ask("hold")
+        ((error, words),) = results(fail, target)
+        assert error == "SourcesExhausted"
+        assert "its weights have changed since it announced them" in words
+        trainer.ask("go on")
         trainer.ask("halve")
         check(results(halved, replace(target, how="tp", size=2)))
 
@@ -131,7 +136,7 @@ def test_nobody_is_there(url: str, models: Path) -> None:
 
 def test_a_rank_that_cannot_load_stops_all(url: str, models: Path) -> None:
     spec = Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config={"url": url})
-    first, second = results(refuse, spec)
+    first, second = results(lack, spec)
     assert first[0] == "CommitError"
     assert "rank 1 gave up" in first[1]
     assert second == ("LayoutError", second[1])

@@ -144,7 +144,8 @@ SPARSE = [
     "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "qwen3-next", "deepseek-v2", "deepseek-v3", "glm4-moe", "gpt-oss",
     "qwen3-moe-fp8-block",
 ]  # fmt: skip
-CASES = [(name, Parallel(tp)) for name in [*DENSE, *SPARSE] for tp in (2, 4)]
+UNSPLIT = ["gpt2", "opt", "falcon"]
+CASES = [(name, Parallel(tp)) for name in [*DENSE, *SPARSE] for tp in (2, 4)] + [(name, Parallel()) for name in UNSPLIT]
 if hasattr(DistributedConfig, "ep_size"):
     CASES += [(name, Parallel(2, ep=2)) for name in SPARSE]
 

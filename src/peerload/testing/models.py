@@ -4,7 +4,7 @@
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
 
-`offer`, `load`, `halved` and `refuse` are what a rank can be told to do; every byte that arrives is compared with the
+`offer`, `load`, `halved`, `fail` and `lack` are what a rank can be told to do; every byte that arrives is compared with the
 engine's own load of the same checkpoint.
 """
 
@@ -109,7 +109,8 @@ def load(spec: Spec, link: Connection) -> None:
 
 
 def offer(spec: Spec, link: Connection) -> None:
-    """Seed the engine's own load. "halve": change the weights on all ranks. "step": a trainer's forward and backward."""
+    """Seed the engine's own load. "halve": change the weights on all ranks. "hold": be about to, until told to go on. "step": a
+    trainer's forward and backward."""
     model = built(spec)
     with peerload.seed(model, spec.config) as seed:
         link.send(sorted(seed.layout.buffer_names))
@@ -118,19 +119,33 @@ def offer(spec: Spec, link: Connection) -> None:
                 with seed.changing(), torch.no_grad():
                     for parameter in model.parameters():
                         parameter.mul_(0.5)
+            elif order == "hold":
+                with seed.changing():
+                    link.send("done")
+                    link.recv()
             elif order == "step":
                 ids = torch.tensor([PROMPT], device=spec.device)
                 model(ids, labels=ids).loss.backward()
             link.send("done")
 
 
-def refuse(spec: Spec, link: Connection) -> None:
-    """As `load`, of a model that lacks a layer on rank 1: what each rank raises."""
+def fail(spec: Spec, link: Connection) -> None:
+    """A load that can't succeed: what each rank raises."""
+    _try(built(spec), spec, link)
+
+
+def lack(spec: Spec, link: Connection) -> None:
+    """As `fail`, of a model of which rank 1 lacks a layer."""
     model = built(spec)
     if dist.get_rank() == 1:
         del model.model.norm
+    _try(model, spec, link)
+
+
+def _try(model: PreTrainedModel, spec: Spec, link: Connection) -> None:
     try:
         peerload.load(model, spec.config)
+        link.send(("", "it succeeds"))
     except peerload.PeerloadError as error:
         link.send((type(error).__name__, str(error)))
 
