@@ -23,6 +23,7 @@ CATALOG = Catalog.of([
     TensorSpec("point", "F32", ()), TensorSpec("fp8", "F8_E4M3", (8, 6)), TensorSpec("ints", "I32", (8,)),
     TensorSpec("vocab", "BF16", (10, 6)),
 ])  # fmt: skip
+DEVICES = ["meta", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 Load = Callable[["Toy", dict[str, Tensor]], object]
 
 
@@ -50,10 +51,10 @@ def traced(
 
 
 def proved(load: Load, *parameters: tuple[tuple[int, ...], torch.dtype], build: Callable[..., Toy] = Toy) -> Traced:
-    """Traced on real memory and on meta, both compared with a real load; the former is returned."""
+    """Traced on meta and on real memory, all compared with a real load; the last one is returned."""
     values, truth = values_of(CATALOG), build(load, *parameters)
     truth.load_weights(values.items())
-    for device in ("meta", "cpu"):
+    for device in DEVICES:
         result, model = traced(load, *parameters, device=device, build=build)
         assert differences(result, model, truth, values) == []
     return result
@@ -136,6 +137,7 @@ def test_moves_are_followed_as_copies(name: str, mode: str) -> None:
 
 def test_index_vectors_on_a_device_without_values_are_not_guessed() -> None:
     """torch itself puts a list on the device of what it indexes."""
+
     def load(m: Toy, w: dict[str, Tensor]) -> None:
         m.a.data.copy_(w["q"][torch.tensor([3, 0], device=m.a.device)])
 
@@ -158,7 +160,8 @@ def test_casts_are_tensors_of_their_own() -> None:
 
     result = proved(load, ((8, 6), F32), W, ((8, 6), torch.float16), ((8,), torch.int64), ((8,), BF16))
     assert pieces(result) == [
-        "q as F32[0:8, 0:6]", "wide as BF16[2:6, 0:6]", "wide as F8_E4M3 as BF16[0:4, 0:6]", "q as F16[0:8, 0:6]", "ints as I64[0:8]",
+        "q as F32[0:8, 0:6]", "wide as BF16[2:6, 0:6]", "wide as F8_E4M3 as BF16[0:4, 0:6]",
+        "q as F16[0:8, 0:6]", "ints as I64[0:8]",
     ]  # fmt: skip
     catalog = result.layout.catalog
     assert catalog[catalog.row["q as F32"]] == TensorSpec("q as F32", "F32", (8, 6))
@@ -179,7 +182,7 @@ COMPUTED: dict[str, tuple[Callable[[Toy, dict[str, Tensor]], object], tuple[str,
     "float as integer": (lambda m, w: m.a.data.copy_(w["wide"].to(torch.int32).to(BF16)), ("wide",), "cast of wide"),
     "seen as another dtype": (lambda m, w: m.a.data.copy_(w["q"].view(torch.int16)), ("q",), "cast of q"),
     "read as narrower": (lambda m, w: m.a.data.copy_(w["wide"].view(BF16)[:, :6]), ("wide",), "4 bytes read as"),
-    "gathered": (lambda m, w: m.a.data.copy_(w["q"].gather(0, torch.zeros(8, 6).long().to(w["q"].device))), ("q",), "aten::gather"),
+    "gathered": (lambda m, w: m.a.data.copy_(w["q"].gather(0, torch.zeros_like(w["q"]).long())), ("q",), "aten::gather"),
     "out": (lambda m, w: torch.mul(w["q"], 2, out=m.a.data), ("q",), "aten::mul"),
     "in the end": (lambda m, w: (m.a.data.copy_(w["q"]), m.a.data.div_(w["scale"])), ("q", "scale"), "aten::div_"),
     "shuffled": (lambda m, w: m.a.data.copy_(w["q"].flatten()[torch.randperm(48, device="cpu")].view(8, 6)), ("q",), ""),
@@ -270,7 +273,7 @@ VALUES: dict[str, Callable[[Toy, dict[str, Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_needs_values_is_refused(name: str, device: str) -> None:
     with pytest.raises(LayoutError):
         traced(VALUES[name], ((1,), F32), device=device)
@@ -352,7 +355,7 @@ def test_parameters_that_become_the_tensors_themselves() -> None:
     result = proved(load, ((6, 8), BF16), W, W, W)
     assert pieces(result) == ["q[0:8, 0:6]", "k[0:4, 0:6]", "v[0:4, 0:6]"]
     assert result.layout.buffer_names == ("a", "b", "c")
-    assert {t.device.type for t in result.tensors.values()} == {"cpu"}
+    assert {t.device.type for t in result.tensors.values()} == {DEVICES[-1]}
 
 
 def test_an_uninitialised_parameter() -> None:

@@ -60,7 +60,7 @@ def reachable_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)  # type: ignore[no-untyped-call]
+    return tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:

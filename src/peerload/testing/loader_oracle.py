@@ -95,6 +95,6 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """The bytes of a dense tensor, in the order of memory."""
+    """The bytes of a dense tensor, in the order of memory; on the CPU."""
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), int(tensor.storage_offset()))
-    return flat.contiguous().view(torch.uint8)
+    return flat.cpu().contiguous().view(torch.uint8)
