@@ -23,7 +23,8 @@ def generate(out: Path) -> dict[str, str]:
     arguments = ["protoc", f"--proto_path={PACKAGE}={RPC}"]
     arguments += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     # Installed beside this interpreter, which need not be on the PATH.
-    arguments += [f"--plugin=protoc-gen-{kind}={Path(sys.executable).parent / f'protoc-gen-{kind}'}" for kind in ("mypy", "mypy_grpc")]
+    here = Path(sys.executable).parent
+    arguments += [f"--plugin=protoc-gen-{kind}={here / f'protoc-gen-{kind}'}" for kind in ("mypy", "mypy_grpc")]
     if protoc.main([*arguments, *(f"{PACKAGE}/{p.name}" for p in protos)]) != 0:
         raise SystemExit("protoc failed")
     return {p.name: p.read_text(encoding="utf-8") for p in sorted((out / PACKAGE).iterdir())}

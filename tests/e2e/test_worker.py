@@ -192,3 +192,15 @@ def test_a_model_that_cannot_be_followed_is_given_back_to_its_engine_or_refused(
             with pytest.raises(kind, match="scale") as caught:
                 target.load()
             assert type(caught.value) is kind
+
+
+def test_a_host_without_the_checkpoint_loads_what_seeds_hold(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    config = configured(url, model_name="toy-no-checkpoint", revision="1")
+    with Instance("target", 2, tmp_path, config) as early, pytest.raises(NotFollowed, match="nobody offers toy-no-checkpoint@1"):
+        early.load()
+    with Instance("seed", 2, checkpoint, config) as seed, Instance("target", 2, tmp_path, config) as target:
+        seed.load()
+        seed.serve()
+        assert sources(target.load()) == {"seed"}
+        target.checkpoint = checkpoint
+        assert_loaded(target)

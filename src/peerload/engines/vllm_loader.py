@@ -49,6 +49,8 @@ class PeerloadLoader(BaseModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Build, load, post-process, then serve others until the process ends or the weights change."""
         self._whole = vllm_config
+        registered = vllm_config.compilation_config.static_forward_context
+        before = dict(registered)
         try:
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         except NotFollowed as error:
@@ -58,7 +60,8 @@ class PeerloadLoader(BaseModelLoader):
             self._worker.serve(model)
             return model
         log.warning("peerload: %s; vLLM loads it from disk, and this instance is no seed of it", reason)
-        vllm_config.compilation_config.static_forward_context.clear()  # the layers of the model that is given up
+        registered.clear()  # of the layers of the model that is given up
+        registered.update(before)
         return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -82,12 +85,19 @@ class PeerloadLoader(BaseModelLoader):
         self._worker = Worker(
             identity(self._whole, model_config),
             self._config,
-            Path(model_config.model),
+            self._directory(model_config),
             load_weights=load_weights,
         )
         _WORKERS.append(self._worker)
         atexit.register(self._worker.close)
         self._worker.load(model)
+
+    def _directory(self, model_config: ModelConfig) -> Path:
+        """The checkpoint, downloaded if it has to be; where the configuration says which seeds to look for, it hasn't."""
+        directory = Path(model_config.model)
+        if directory.is_dir() or (self._config.model_name and self._config.revision):
+            return directory
+        return Path(self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0])
 
 
 def identity(whole: VllmConfig, model_config: ModelConfig) -> Identity:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import ConfigError, LayoutError, ManifestError
+from ..deadline import Deadline
+from ..errors import ConfigError, DeadlineExceeded, LayoutError, ManifestError
 from ..layout.coverage import require_covered
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
-from ..manifest import ModelKey, Parallel
+from ..manifest import Catalog, ModelKey, Parallel, is_derived
 from ..memory import placed, regions_for
 from ..receipt import Receipt, readable
 from ..rpc.client import CoordinatorClient
@@ -82,15 +83,15 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
         where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
         try:
-            checkpoint = Checkpoint.open(self._directory)
-            traced = self._trace(model, checkpoint)
+            key, catalog, checkpoint = self._source()
+            traced = self._trace(model, catalog)
         except (LayoutError, ConfigError, ManifestError) as error:
             if self._config.fallback != "disk":
                 raise
             raise NotFollowed(error.message, next_step=error.next_step) from error
-        key = checkpoint.key(self._config.model_name, self._config.revision)
         receipt = self._fill(key, checkpoint, traced)
         if receipt.left:
+            assert checkpoint is not None, "nothing is left without one"
             self._derive(model, checkpoint, traced, receipt.left)
         if traced.hidden and self._finish is not None:
             self._finish(model)
@@ -117,7 +118,7 @@ class Worker:
             transport.register(_regions(offered.memory, self._config))
         seed = Seed(
             key, offered.layout, offered.address, coordinator=client, transports=transports,
-            instance=self._identity.instance, files=ModelFiles.of(self._directory).contents,
+            instance=self._identity.instance, files=self._files(),
             attributes={"engine": self._identity.engine}, space=loaded.space, digests=self._config.verify,
             threads=self._config.threads,
         )  # fmt: skip
@@ -129,13 +130,40 @@ class Worker:
         """Offer nothing any more. Safe to call twice."""
         self._stack.close()
 
-    def _trace(self, model: nn.Module, checkpoint: Checkpoint) -> Traced:
+    def _files(self) -> Mapping[str, bytes]:
+        """The model's small files, for targets that have none."""
+        try:
+            return ModelFiles.of(self._directory).contents
+        except ConfigError:
+            return {}
+
+    def _source(self) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+        """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
+        seed of the model and revision that the configuration names says which tensors there are."""
+        config = self._config
+        try:
+            checkpoint = Checkpoint.open(self._directory)
+        except ConfigError:
+            if not (config.model_name and config.revision):
+                raise
+        else:
+            return checkpoint.key(config.model_name, config.revision), checkpoint.catalog, checkpoint
+        key = ModelKey(config.model_name, config.revision)
+        problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
+        with CoordinatorClient(config.url) as client:
+            try:
+                offers = client.wait_for(key, Deadline.after(config.wait_s), bool)
+            except DeadlineExceeded as error:
+                raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
+        return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None
+
+    def _trace(self, model: nn.Module, catalog: Catalog) -> Traced:
         begun_s, who = time.perf_counter(), self._identity
 
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> object:
             return self._load_weights(model, weights)
 
-        traced = trace_loader(model, load_weights, checkpoint.catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
+        traced = trace_loader(model, load_weights, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
         require_covered(traced, model, who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
@@ -149,7 +177,7 @@ class Worker:
         )  # fmt: skip
         return traced
 
-    def _fill(self, key: ModelKey, checkpoint: Checkpoint, traced: Traced) -> Receipt:
+    def _fill(self, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced) -> Receipt:
         who, config = self._identity, self._config
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
@@ -157,7 +185,8 @@ class Worker:
         with CoordinatorClient(config.url) as client, opened_transports(config, device_of(tensors)) as transports:
             job = Job(
                 key, traced.layout, address, _regions(tensors, config), member, transports, config, coordinator=client,
-                reserve=[checkpoint.offer()], derives=config.fallback == "disk", on_bytes=_Progress(self._say),
+                reserve=[checkpoint.offer()] if checkpoint else [],
+                derives=checkpoint is not None and config.fallback == "disk", on_bytes=_Progress(self._say),
             )  # fmt: skip
             return load(job)
 
