@@ -146,6 +146,31 @@ def test_memory_that_cant_be_shared_can_still_be_filled() -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.parametrize("there", [GPU, pytest.param("cuda:1", marks=needs_gpus(2))])
+def test_long_runs_beside_short_ones(there: str) -> None:
+    """Long runs go another way (the copy engines) than the rest of their batch."""
+    nbytes = 80 << 20
+    with ExitStack() as stack:
+        source = stack.enter_context(SourceProcess("cuda_ipc", [nbytes], memory=there))
+        memory = stack.enter_context(closing(DeviceArena(GPU, nbytes)))
+        reader = stack.enter_context(closing(CudaIpcTransport(GPU)))
+        here, src = memory.allocate(nbytes, 4096), source.address[0]
+        reader.register([memory.region()])
+        parts = [
+            strided(src + 3, here, (33 << 20) + 1, [], [], []),
+            strided(src + (40 << 20), here + (36 << 20), 1000, [500], [2000], [1000]),
+            strided(src + (42 << 20), here + (40 << 20), 36 << 20, [], [], []),
+            strided(src, here + (78 << 20), 17, [], [], []),
+        ]
+        batch = Batch.joined(*parts)
+        reader.read(reader.connect(source.description, "source"), batch, Deadline.after(20))
+        must, held = content(0, nbytes), np.frombuffer(memory.read(here, nbytes), np.uint8)
+        expected = np.zeros(nbytes, np.uint8)
+        for s, d, n in zip(*batch.runs(), strict=True):
+            expected[d - here : d - here + n] = must[s - src : s - src + n]
+        assert np.array_equal(held, expected)
+
+
 def test_within_one_process() -> None:
     with ExitStack() as stack:
         there, here = (stack.enter_context(closing(DeviceArena(GPU, 1 << 20))) for _ in range(2))

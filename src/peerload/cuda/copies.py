@@ -1,7 +1,6 @@
 """Batches of strided copies for a kernel: tens of thousands of copies of any shape in one launch.
 
-A kernel, not the copy engines, because a copy engine takes one shape at a time: 4 KiB pieces issued one by one move at
-0.25 GB/s between GPUs.
+A kernel, because a copy engine takes one shape at a time: 4 KiB pieces issued one by one move at 0.25 GB/s between GPUs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""kernels.cu for the GPU at hand: compiled by NVRTC, which every CUDA build of PyTorch brings, once in a process (up to a second)."""
+"""kernels.cu for the GPU at hand, compiled once in a process (up to a second) by NVRTC, which CUDA builds of PyTorch bring."""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ from .tables import Lane, Table
 
 #: A launch moves about so much: what may still be written once a deadline has passed.
 GRAIN_NBYTES: Final = 2 << 30
+#: Contiguous runs of at least this are left to the copy engines, which are 15 % faster between GPUs, and three times where the
+#: two ends aren't equally aligned, once started.
+ENGINE_NBYTES: Final = 16 << 20
 #: Addresses that share all bits above these lie in memory of one kind: allocations of devices are cut from blocks of 2 MiB.
 KIND_BITS: Final = 21
 
@@ -76,11 +79,16 @@ class Mover:
         for begin, end in pairwise(edges):
             if deadline is not None:
                 deadline.check(doing)
-            table, tiles = copies.rows_of(batch.take(slice(begin, end)))
+            part = batch.take(slice(begin, end))
+            long = (part.run >= ENGINE_NBYTES) & (part.count == 1).all(axis=1)
+            table, tiles = copies.rows_of(part.take(np.flatnonzero(~long)))
             # A table is made while the group before moves: one is under way at any time.
             if begin:
                 lane.stream.wait(deadline, doing)
-            lane.run(table, tiles, partial(self._kernels().copy, lane.stream))
+            if len(table):
+                lane.run(table, tiles, partial(self._kernels().copy, lane.stream))
+            for i in np.flatnonzero(long).tolist():
+                lane.stream.move(int(part.dst[i]), int(part.src[i]), int(part.run[i]))
         lane.stream.wait(deadline, doing)
 
     def digest(self, lane: Lane, table: Table, tiles: IntArray, slots: int) -> IntArray:

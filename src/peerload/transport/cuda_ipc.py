@@ -4,8 +4,9 @@ The driver exports allocations, not tensors: a handle stands for a whole block a
 in it the registered memory lies. So a description carries blocks with their handles and regions with their addresses, and an
 address of the source becomes ours by the distance between the two places of its block.
 
-A mapped block stays readable after its owner has freed it or died, until the reader closes it; what it holds then is nobody's
-word any more. That the owner lives and vouches is known from a connection to it, as with transport local.
+A mapped block stays as it was after its owner has freed it or died, until the reader closes it (seen with driver 580; the owner
+doesn't get that memory again meanwhile). Nobody vouches for it then: that the owner lives is known from a connection to it, as
+with transport local, and that its weights are still those from the fence.
 """
 
 from __future__ import annotations
