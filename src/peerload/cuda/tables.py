@@ -69,7 +69,8 @@ def alignment(*columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     joined = columns[0] & 15
     for column in columns[1:]:
         joined |= column & 15
-    return _TRAILING_ZEROS[joined]
+    found: npt.NDArray[np.int64] = _TRAILING_ZEROS[joined]
+    return found
 
 
 _TRAILING_ZEROS: Final = np.array([4, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0])
