@@ -130,7 +130,7 @@ class Engine:
         from ..layout.cache import Kept
 
         if self.name == "transformers":
-            return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog))
+            return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
         traced = self._module("").trace_layout(self.files, parallel, rank, catalog=self.catalog)
         return Kept(traced.layout, {name: d.reason for name, d in traced.derived.items()}, traced.made, traced.hidden)
 

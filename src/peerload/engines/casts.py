@@ -7,13 +7,16 @@ A parameter in another dtype has memory for its bytes beside it: its `Shadow`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout.trace import Allocate, Recorder, on_meta, tensors_in
+from ..errors import LayoutError
+from ..layout.trace import DTYPE_NAMES, Allocate, Recorder, on_meta, tensors_in
+from ..manifest import ITEMSIZE, Catalog, Layout, Pieces, TensorSpec
 
 #: Between these, a cast is what the engine's loader means by loading; anything else makes other values.
 _FLOATS: Final = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
@@ -64,6 +67,31 @@ class CastRecorder(Recorder):
         if isinstance(out, Tensor) and isinstance(dtype, torch.dtype) and self.known(out):
             self._cast[_key(out)] = dtype
         return out
+
+
+def as_kept(layout: Layout, wanted: Mapping[str, torch.dtype]) -> Layout:
+    """The layout of the parameters themselves: buffers in `wanted` dtypes hold the tensors `<name> as <dtype>`, not `<name>`."""
+    pieces, names = layout.pieces, layout.buffer_names
+    specs, tensor, nbytes = list(layout.catalog), pieces.tensor.copy(), layout.buffer_nbytes.copy()
+    offset, stride, row = pieces.offset.copy(), pieces.stride.copy(), dict(layout.catalog.row)
+    for buffer, dtype in ((names.index(name), dtype) for name, dtype in wanted.items() if name in names):
+        rows = np.flatnonzero(pieces.buffer == buffer)
+        if any(c.buffer == buffer for c in layout.constants):
+            raise LayoutError(f"{names[buffer]}: the engine casts constants to {dtype}")
+        for piece in rows.tolist():
+            spec = layout.tensor_of(piece)
+            cast = TensorSpec(f"{spec.name} as {DTYPE_NAMES[dtype]}", DTYPE_NAMES[dtype], spec.shape)
+            if cast.name not in row:
+                row[cast.name] = len(specs)
+                specs.append(cast)
+            tensor[piece] = row[cast.name]
+            here, there = ITEMSIZE[spec.dtype], dtype.itemsize
+            offset[piece], stride[piece] = offset[piece] // here * there, stride[piece] // here * there
+        nbytes[buffer] = nbytes[buffer] // here * there
+    return replace(
+        layout, catalog=Catalog.of(specs), buffer_nbytes=nbytes,
+        pieces=Pieces(tensor, pieces.start, pieces.stop, pieces.buffer, offset, stride),
+    )  # fmt: skip
 
 
 def _key(tensor: Tensor) -> int:

@@ -33,7 +33,7 @@ from ..layout.trace import DTYPES, Allocate, layout_of, on_meta, view_of
 from ..manifest import Catalog, Layout, Parallel, TensorSpec
 from ..memory import Arena
 from .architecture import catalog_of, class_of, config_of, generation_config, quiet
-from .casts import CastRecorder, Shadow
+from .casts import CastRecorder, Shadow, as_kept
 from .checkpoint import ModelFiles
 from .declared import Whole
 from .quantized import kept, method_of, quantizer_of
@@ -62,18 +62,24 @@ class OpenModel:
             shadow.accept()
 
 
-def layout_for(model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0, catalog: Catalog | None = None) -> Layout:
+def layout_for(
+    model: ModelFiles | str | Path, parallel: Parallel, rank: int = 0, catalog: Catalog | None = None, *, kept_casts: bool = False
+) -> Layout:
     """What rank `rank` (tensor-parallel rank fastest) of `parallel` holds. Needs no weights and no peers, and an
     accelerator only as far as transformers binds to the first one it sees.
 
     `catalog`: the checkpoint's tensors; None: those that transformers would save. Quantized models are as on a device that
-    has kernels for them. Not thread-safe (it makes and destroys the process's group). Raises LayoutError for what the engine
-    does that can't be described, ConfigError for a model or a split that transformers doesn't have, HostError in a process
-    that already has a process group."""
+    has kernels for them. A parameter that the engine casts is described as its shadow, in the checkpoint's dtype, which is what
+    instances exchange; with `kept_casts` as the engine keeps it, holding `<tensor> as <dtype>`.
+
+    Not thread-safe (it makes and destroys the process's group). Raises LayoutError for what the engine does that can't be
+    described, ConfigError for a model or a split that transformers doesn't have, HostError in a process that already has a
+    process group."""
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
     with _impersonated(rank, parallel.tp * parallel.pp), quiet(), kept():
-        return _load(files, catalog, parallel, rank, on_meta).layout
+        loaded = _load(files, catalog, parallel, rank, on_meta)
+    return as_kept(loaded.layout, loaded.wanted) if kept_casts else loaded.layout
 
 
 def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel] | None = None, *, keep: bool = True) -> Whole:

@@ -13,6 +13,7 @@ from ..layout.probe import Probed, probe
 from ..manifest import Catalog, Parallel
 from .architecture import class_of, config_of, generation_config, quiet
 from .checkpoint import ModelFiles
+from .quantized import kept
 from .transformers import _environment, _impersonated, _split, parameters_of
 
 
@@ -59,7 +60,7 @@ def probe_layout(
             **_split(parallel),
         )  # fmt: skip
 
-    with _impersonated(rank, parallel.tp * parallel.pp), _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), quiet():
+    with _impersonated(rank, parallel.tp * parallel.pp), _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), quiet(), kept():
         return probe(_Home, load, catalog, tensors_of=_tensors, bits=bits)
 
 
