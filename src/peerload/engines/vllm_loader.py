@@ -49,8 +49,10 @@ class PeerloadLoader(BaseModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Build, load, post-process, then serve others until the process ends or the weights change."""
         self._whole = vllm_config
-        registered = vllm_config.compilation_config.static_forward_context
-        before = dict(registered)
+        layers, moe = (
+            getattr(vllm_config.compilation_config, f"static_{kind}") for kind in ("forward_context", "all_moe_layers")
+        )
+        before = dict(layers), list(moe)
         try:
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         except NotFollowed as error:
@@ -60,8 +62,9 @@ class PeerloadLoader(BaseModelLoader):
             self._worker.serve(model)
             return model
         log.warning("peerload: %s; vLLM loads it from disk, and this instance is no seed of it", reason)
-        registered.clear()  # of the layers of the model that is given up
-        registered.update(before)
+        layers.clear()  # of the model that is given up
+        layers.update(before[0])
+        moe[:] = before[1]
         return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
