@@ -49,9 +49,8 @@ class PeerloadLoader(BaseModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Build, load, post-process, then serve others until the process ends or the weights change."""
         self._whole = vllm_config
-        layers, moe = (
-            getattr(vllm_config.compilation_config, f"static_{kind}") for kind in ("forward_context", "all_moe_layers")
-        )
+        registry = vllm_config.compilation_config
+        layers, moe = registry.static_forward_context, registry.static_all_moe_layers
         before = dict(layers), list(moe)
         try:
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
