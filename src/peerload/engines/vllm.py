@@ -34,6 +34,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from ..errors import ConfigError, LayoutError
 from ..layout.loader import Traced, trace_loader
 from ..layout.probe import Probed, probe
+from ..layout.reachable import reachable_tensors
 from ..manifest import Catalog, Parallel
 from .checkpoint import Checkpoint, ModelFiles
 
@@ -77,7 +78,15 @@ def probe_layout(
     catalog = _catalog(model) if catalog is None else catalog
     with rank_of(model, parallel, rank) as config:
         finish: Callable[[nn.Module], object] | None = partial(postprocess, config=config) if processed else None
-        return probe(partial(build, config, "cpu"), load_weights, catalog, finish=finish, fixed=fixed, bits=bits)
+        return probe(
+            partial(build, config, "cpu"),
+            load_weights,
+            catalog,
+            finish=finish,
+            tensors_of=reachable_tensors,
+            fixed=fixed,
+            bits=bits,
+        )
 
 
 @contextmanager

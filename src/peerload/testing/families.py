@@ -41,7 +41,7 @@ class Sizes:
 
 
 #: Blocks of 128 x 128 and groups of 128 have to end where a fourth of a matrix ends.
-_BLOCKS: Final = Sizes(head=128, wide=512)
+_BLOCKS: Final = Sizes(head=128, wide=512, experts=4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -419,15 +419,16 @@ def _sparse(s: Sizes) -> Iterator[Family]:
     """Decoders with experts."""
     attention, counts = list(_attention(s, _bf16)), {"num_experts": s.experts, "num_experts_per_tok": 2}
 
-    def family(name: str, architecture: str, config: dict[str, object], *layers: list[TensorSpec]) -> Family:
-        return Family(name, architecture, config, _decoder(s, *layers).tensors(), experts=s.experts, kv_heads=s.kv_heads)
+    def family(name: str, architecture: str, config: dict[str, object], *layers: list[TensorSpec], experts: int = 8) -> Family:
+        return Family(name, architecture, config, _decoder(s, *layers).tensors(), experts=experts, kv_heads=s.kv_heads)
 
-    mixtral = [*attention, *_bf16("block_sparse_moe.gate", s.experts, s.hidden)]
-    for expert in range(s.experts):
+    wide = replace(s, wide=s.inter, experts=4)
+    mixtral = [*attention, *_bf16("block_sparse_moe.gate", wide.experts, s.hidden)]
+    for expert in range(wide.experts):
         for w, rows, cols in (("w1", s.inter, s.hidden), ("w2", s.hidden, s.inter), ("w3", s.inter, s.hidden)):
             mixtral += _bf16(f"block_sparse_moe.experts.{expert}.{w}", rows, cols)
-    config = _config(s, "mixtral", "MixtralForCausalLM", num_local_experts=s.experts, num_experts_per_tok=2)
-    yield family("mixtral", "Mixtral", config, *[mixtral] * s.layers)
+    config = _config(s, "mixtral", "MixtralForCausalLM", num_local_experts=wide.experts, num_experts_per_tok=2)
+    yield family("mixtral", "Mixtral", config, *[mixtral] * s.layers, experts=wide.experts)
 
     shared = [*_mlp("mlp.shared_expert", s, 256, _bf16), *_bf16("mlp.shared_expert_gate", 1, s.hidden)]
     experts = list(_experts("mlp", s, _bf16))
@@ -438,10 +439,10 @@ def _sparse(s: Sizes) -> Iterator[Family]:
     layer = [*_attention(s, _bf16, qkv=_biased), *experts, *shared]
     yield family("qwen2-moe", "Qwen2-MoE", config, *[layer] * s.layers)
 
-    wide = replace(s, wide=s.inter)
     norms = [*_norms(["self_attn.q_norm"], s.heads * s.head), *_norms(["self_attn.k_norm"], s.kv_heads * s.head)]
-    config = _config(s, "olmoe", "OlmoeForCausalLM", **counts, norm_topk_prob=False)
-    yield family("olmoe", "OLMoE", config, *[[*attention, *norms, *_experts("mlp", wide, _bf16)]] * s.layers)
+    config = _config(s, "olmoe", "OlmoeForCausalLM", **{**counts, "num_experts": wide.experts}, norm_topk_prob=False)
+    layer = [*attention, *norms, *_experts("mlp", wide, _bf16)]
+    yield family("olmoe", "OLMoE", config, *[layer] * s.layers, experts=wide.experts)
 
     half = replace(s, experts=4)
     config = _config(
