@@ -358,6 +358,17 @@ def test_parameters_that_become_the_tensors_themselves() -> None:
     assert {t.device.type for t in result.tensors.values()} == {DEVICES[-1]}
 
 
+def test_a_parameter_that_waits_on_meta_for_its_memory_is_left_alone() -> None:
+    class Waiting(Toy):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.later = nn.Parameter(torch.empty(3, device="meta"), requires_grad=False)
+
+    result, model = traced(lambda m, w: m.a.data.copy_(w["q"]), W, build=Waiting)
+    assert model.later.device.type == "meta"
+    assert result.made == ("later", "cache")
+
+
 def test_an_uninitialised_parameter() -> None:
     class Lazy(Toy):
         def __init__(self, *args: object) -> None:
