@@ -29,6 +29,9 @@ from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import UnspecifiedPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..errors import ConfigError, LayoutError
@@ -103,6 +106,7 @@ def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> It
     environment, rotary = dict(os.environ), dict(_ROPE_DICT)
     with ExitStack() as stack:
         stack.callback(_restore, state, environment, rotary)
+        stack.enter_context(_some_platform())
         directory = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
         if directory is None:
             directory = Path(stack.enter_context(TemporaryDirectory()))
@@ -181,6 +185,18 @@ def _restore(state: Mapping[str, object], environment: Mapping[str, str], rotary
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+
+
+@contextmanager
+def _some_platform() -> Iterator[None]:
+    """A vLLM built for GPUs knows no platform where there is none, and configures nothing without one: a CPU's will do."""
+    found = type(current_platform)
+    if found is UnspecifiedPlatform:
+        current_platform.__class__ = CpuPlatform
+    try:
+        yield
+    finally:
+        current_platform.__class__ = found
 
 
 @contextmanager
