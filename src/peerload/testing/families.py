@@ -10,36 +10,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final
 
 import torch
 
 from ..layout.trace import DTYPES
 from ..manifest import Catalog, TensorSpec
+from . import rules
+from .rules import Sizes
 
-#: The tensors of a linear layer's weight: (layer's name, output rows, input columns).
-Quantize: TypeAlias = Callable[[str, int, int], Iterator[TensorSpec]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the architectures have in common. `inter` is the width of a dense MLP, `wide` that of one expert."""
-
-    hidden: int = 256
-    inter: int = 512
-    heads: int = 8
-    kv_heads: int = 4
-    head: int = 32
-    vocab: int = 1000
-    layers: int = 2
-    experts: int = 8
-    wide: int = 128
-
-
+_SMALL: Final = Sizes()
 #: Blocks of 128 x 128 and groups of 128 have to end where a fourth of a matrix ends.
 _BLOCKS: Final = Sizes(head=128, wide=512, experts=4)
 
@@ -121,143 +105,6 @@ def values(spec: TensorSpec, random: torch.Generator) -> torch.Tensor:
     return (noise * (1.5 / math.sqrt(shape[-1]))).to(kind)
 
 
-# How layers name their weights
-
-
-def _tensor(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
-    return TensorSpec(name, dtype, shape)
-
-
-def _bf16(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.weight", rows, cols)
-
-
-def _fp8_tensor(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
-    yield _tensor(f"{name}.weight_scale", dtype="F32")
-    yield _tensor(f"{name}.input_scale", dtype="F32")
-
-
-def _fp8_channel(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
-    yield _tensor(f"{name}.weight_scale", rows, 1)
-
-
-def _fp8_block(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.weight", rows, cols, dtype="F8_E4M3")
-    yield _tensor(f"{name}.weight_scale_inv", -(-rows // 128), -(-cols // 128), dtype="F32")
-
-
-def _w8a8(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.weight", rows, cols, dtype="I8")
-    yield _tensor(f"{name}.weight_scale", rows, 1)
-
-
-def _gptq(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.qweight", cols // 8, rows, dtype="I32")
-    yield _tensor(f"{name}.qzeros", cols // 128, rows // 8, dtype="I32")
-    yield _tensor(f"{name}.scales", cols // 128, rows, dtype="F16")
-    yield _tensor(f"{name}.g_idx", cols, dtype="I32")
-
-
-def _awq(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.qweight", cols, rows // 8, dtype="I32")
-    yield _tensor(f"{name}.qzeros", cols // 128, rows // 8, dtype="I32")
-    yield _tensor(f"{name}.scales", cols // 128, rows, dtype="F16")
-
-
-def _compressed(kind: str, routed: bool) -> dict[str, object]:
-    common = {"num_bits": 8, "type": kind, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**common, "strategy": "channel", "dynamic": False},
-        "input_activations": {**common, "strategy": "token", "dynamic": True},
-    }
-    return {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "config_groups": {"group_0": group},
-        "ignore": ["lm_head", *(["re:.*mlp.gate$"] if routed else [])],
-    }  # fmt: skip
-
-
-def _quantizations(s: Sizes, *, routed: bool) -> dict[str, tuple[Quantize, dict[str, object]]]:
-    """By word: the rule, and config.json's `quantization_config`. Routers of experts are not quantized."""
-    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(s.layers)] if routed else []
-    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": ["lm_head", *routers]}
-    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
-    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-    return {
-        "fp8-tensor": (_fp8_tensor, {**fp8, "activation_scheme": "static"}),
-        "fp8-channel": (_fp8_channel, _compressed("float", routed)),
-        "fp8-block": (_fp8_block, {**fp8, "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
-        "w8a8": (_w8a8, _compressed("int", routed)),
-        "gptq": (_gptq, {**gptq, **({"dynamic": {r"-:.*mlp\.gate$": {}}} if routed else {})}),
-        "awq": (_awq, {**awq, **({"modules_to_not_convert": ["mlp.gate"]} if routed else {})}),
-    }
-
-
-def _biased(name: str, rows: int, cols: int) -> Iterator[TensorSpec]:
-    yield from _bf16(name, rows, cols)
-    yield _tensor(f"{name}.bias", rows)
-
-
-def _norms(names: Iterable[str], width: int, *, bias: bool = False) -> Iterator[TensorSpec]:
-    for name in names:
-        yield _tensor(f"{name}.weight", width)
-        if bias:
-            yield _tensor(f"{name}.bias", width)
-
-
-def _attention(s: Sizes, quantize: Quantize, *, qkv: Quantize | None = None, gated: bool = False) -> Iterator[TensorSpec]:
-    """Grouped-query attention of a layer; `gated`: the query projection makes a gate as well."""
-    first, rows = qkv or quantize, s.heads * s.head
-    yield from first("self_attn.q_proj", rows * (1 + gated), s.hidden)
-    yield from first("self_attn.k_proj", s.kv_heads * s.head, s.hidden)
-    yield from first("self_attn.v_proj", s.kv_heads * s.head, s.hidden)
-    yield from quantize("self_attn.o_proj", s.hidden, rows)
-
-
-def _latent_attention(s: Sizes, *, q_lora: int = 0) -> Iterator[TensorSpec]:
-    """DeepSeek's MLA: heads of 32 + 32 query and 32 value elements out of a latent of 64."""
-    if q_lora:
-        yield from _bf16("self_attn.q_a_proj", q_lora, s.hidden)
-        yield from _norms(["self_attn.q_a_layernorm"], q_lora)
-    yield from _bf16("self_attn.q_b_proj" if q_lora else "self_attn.q_proj", s.heads * 64, q_lora or s.hidden)
-    yield from _bf16("self_attn.kv_a_proj_with_mqa", 64 + 32, s.hidden)
-    yield from _norms(["self_attn.kv_a_layernorm"], 64)
-    yield from _bf16("self_attn.kv_b_proj", s.heads * 64, 64)
-    yield from _bf16("self_attn.o_proj", s.hidden, s.heads * 32)
-
-
-def _linear_attention(s: Sizes) -> Iterator[TensorSpec]:
-    """Qwen3-Next's gated delta net: half as many key heads as value heads, a convolution over queries, keys and values."""
-    keys, rows = s.heads // 2 * s.head, s.heads * s.head
-    yield from _bf16("linear_attn.in_proj_qkvz", 2 * keys + 2 * rows, s.hidden)
-    yield from _bf16("linear_attn.in_proj_ba", 2 * s.heads, s.hidden)
-    yield _tensor("linear_attn.conv1d.weight", 2 * keys + rows, 1, 4)
-    yield from (_tensor(f"linear_attn.{name}", s.heads) for name in ("A_log", "dt_bias"))
-    yield from _norms(["linear_attn.norm"], s.head)
-    yield from _bf16("linear_attn.out_proj", s.hidden, rows)
-
-
-def _mlp(name: str, s: Sizes, wide: int, quantize: Quantize) -> Iterator[TensorSpec]:
-    yield from quantize(f"{name}.gate_proj", wide, s.hidden)
-    yield from quantize(f"{name}.up_proj", wide, s.hidden)
-    yield from quantize(f"{name}.down_proj", s.hidden, wide)
-
-
-def _experts(name: str, s: Sizes, quantize: Quantize) -> Iterator[TensorSpec]:
-    """A router and its experts, one by one."""
-    yield from _bf16(f"{name}.gate", s.experts, s.hidden)
-    for expert in range(s.experts):
-        yield from _mlp(f"{name}.experts.{expert}", s, s.wide, quantize)
-
-
-def _stacked_experts(name: str, s: Sizes) -> Iterator[TensorSpec]:
-    """All experts in one tensor, gate and up side by side, matrices as [in, out]."""
-    yield _tensor(f"{name}.gate_up_proj", s.experts, s.hidden, 2 * s.wide)
-    yield _tensor(f"{name}.down_proj", s.experts, s.wide, s.hidden)
-
-
 _TWO_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -276,9 +123,12 @@ class _Shape:
 
 def _decoder(s: Sizes, *layers: Iterable[TensorSpec], tied: bool = False, norms: Sequence[str] = _TWO_NORMS) -> _Shape:
     """With the names that most architectures share."""
-    rows = [(*layer, *_norms(norms, s.hidden)) for layer in layers]
-    embed, head = _tensor("model.embed_tokens.weight", s.vocab, s.hidden), _tensor("lm_head.weight", s.vocab, s.hidden)
-    outside = [embed, *_norms(["model.norm"], s.hidden)]
+    rows = [(*layer, *rules.norms(norms, s.hidden)) for layer in layers]
+    embed, head = (
+        rules.tensor("model.embed_tokens.weight", s.vocab, s.hidden),
+        rules.tensor("lm_head.weight", s.vocab, s.hidden),
+    )
+    outside = [embed, *rules.norms(["model.norm"], s.hidden)]
     return _Shape(rows, outside if tied else [*outside, head])
 
 
@@ -293,22 +143,22 @@ def _config(s: Sizes, kind: str, architecture: str, **more: object) -> dict[str,
     }  # fmt: skip
 
 
-def llama(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16", tied: bool = False) -> Family:
-    quantize, asked = _quantizations(s, routed=False).get(quantization, (_bf16, None))
+def llama(name: str, s: Sizes = _SMALL, *, quantization: str = "bf16", tied: bool = False) -> Family:
+    quantize, asked = rules.quantizations(s, routed=False).get(quantization, (rules.bf16, None))
     config = _config(s, "llama", "LlamaForCausalLM", tie_word_embeddings=tied, **_asking(asked))
-    layers = [[*_attention(s, quantize), *_mlp("mlp", s, s.inter, quantize)] for _ in range(s.layers)]
+    layers = [[*rules.attention(s, quantize), *rules.mlp("mlp", s, s.inter, quantize)] for _ in range(s.layers)]
     tensors = _decoder(s, *layers, tied=tied).tensors()
     return Family(name, "Llama", config, _half(config, tensors), quantization, kv_heads=s.kv_heads)
 
 
-def qwen3_moe(name: str, s: Sizes = Sizes(), *, quantization: str = "bf16") -> Family:
-    quantize, asked = _quantizations(s, routed=True).get(quantization, (_bf16, None))
+def qwen3_moe(name: str, s: Sizes = _SMALL, *, quantization: str = "bf16") -> Family:
+    quantize, asked = rules.quantizations(s, routed=True).get(quantization, (rules.bf16, None))
     config = _config(
         s, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=s.experts, num_experts_per_tok=2, moe_intermediate_size=s.wide,
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, **_asking(asked),
     )  # fmt: skip
-    norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
-    layers = [[*_attention(s, quantize), *norms, *_experts("mlp", s, quantize)] for _ in range(s.layers)]
+    norms = list(rules.norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    layers = [[*rules.attention(s, quantize), *norms, *rules.experts("mlp", s, quantize)] for _ in range(s.layers)]
     tensors = _half(config, _decoder(s, *layers).tensors())
     return Family(name, "Qwen3-MoE", config, tensors, quantization, s.experts, s.kv_heads)
 
@@ -330,8 +180,8 @@ def _half(config: Mapping[str, object], tensors: tuple[TensorSpec, ...]) -> tupl
 
 def _dense(s: Sizes) -> Iterator[Family]:
     """Decoders without experts, with the names that most share."""
-    qk_norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
-    mlp, plain = list(_mlp("mlp", s, s.inter, _bf16)), list(_attention(s, _bf16))
+    qk_norms = list(rules.norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    mlp, plain = list(rules.mlp("mlp", s, s.inter, rules.bf16)), list(rules.attention(s, rules.bf16))
     four = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def family(name: str, architecture: str, kind: str, layer: list[TensorSpec], norms: Sequence[str] = _TWO_NORMS) -> Family:
@@ -341,11 +191,11 @@ def _dense(s: Sizes) -> Iterator[Family]:
         tensors = _decoder(s, *[layer] * s.layers, tied=tied, norms=norms).tensors()
         return Family(name, architecture, config, tensors, kv_heads=s.kv_heads)
 
-    yield family("qwen2", "Qwen2", "qwen2", [*_attention(s, _bf16, qkv=_biased), *mlp])
+    yield family("qwen2", "Qwen2", "qwen2", [*rules.attention(s, rules.bf16, qkv=rules.biased), *mlp])
     yield family("qwen3", "Qwen3", "qwen3", [*plain, *qk_norms, *mlp])
     fused = (s.heads + 2 * s.kv_heads) * s.head
-    phi3 = [*_bf16("self_attn.qkv_proj", fused, s.hidden), *_bf16("self_attn.o_proj", s.hidden, s.heads * s.head)]
-    phi3 += [*_bf16("mlp.gate_up_proj", 2 * s.inter, s.hidden), *_bf16("mlp.down_proj", s.hidden, s.inter)]
+    phi3 = [*rules.bf16("self_attn.qkv_proj", fused, s.hidden), *rules.bf16("self_attn.o_proj", s.hidden, s.heads * s.head)]
+    phi3 += [*rules.bf16("mlp.gate_up_proj", 2 * s.inter, s.hidden), *rules.bf16("mlp.down_proj", s.hidden, s.inter)]
     yield family("phi3", "Phi-3", "phi3", phi3)
     yield family("gemma2", "Gemma-2", "gemma2", [*plain, *mlp], four)
     yield family("gemma3", "Gemma-3", "gemma3_text", [*plain, *qk_norms, *mlp], four)
@@ -364,14 +214,14 @@ def _older(s: Sizes) -> Iterator[Family]:
         **common, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": s.hidden, "n_layer": s.layers,
         "n_head": s.heads, "n_positions": 512,
     }  # fmt: skip
-    layer = list(_norms(["ln_1", "ln_2"], s.hidden, bias=True))
+    layer = list(rules.norms(["ln_1", "ln_2"], s.hidden, bias=True))
     for name, rows, cols in (
         ("attn.c_attn", s.hidden, 3 * s.hidden), ("attn.c_proj", s.hidden, s.hidden),
         ("mlp.c_fc", s.hidden, 4 * s.hidden), ("mlp.c_proj", 4 * s.hidden, s.hidden),
     ):  # fmt: skip
-        layer += [_tensor(f"{name}.weight", rows, cols), _tensor(f"{name}.bias", cols)]
-    outside = [_tensor("transformer.wte.weight", s.vocab, s.hidden), _tensor("transformer.wpe.weight", 512, s.hidden)]
-    outside += _norms(["transformer.ln_f"], s.hidden, bias=True)
+        layer += [rules.tensor(f"{name}.weight", rows, cols), rules.tensor(f"{name}.bias", cols)]
+    outside = [rules.tensor("transformer.wte.weight", s.vocab, s.hidden), rules.tensor("transformer.wpe.weight", 512, s.hidden)]
+    outside += rules.norms(["transformer.ln_f"], s.hidden, bias=True)
     yield Family("gpt2", "GPT-2", config, _Shape([layer] * s.layers, outside, "transformer.h").tensors(), kv_heads=s.heads)
 
     config = {
@@ -379,12 +229,12 @@ def _older(s: Sizes) -> Iterator[Family]:
         "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "word_embed_proj_dim": s.hidden,
         "max_position_embeddings": 512, "pad_token_id": 1, "do_layer_norm_before": True,
     }  # fmt: skip
-    layer = [t for x in ("q", "k", "v", "out") for t in _biased(f"self_attn.{x}_proj", s.hidden, s.hidden)]
-    layer += [*_biased("fc1", s.inter, s.hidden), *_biased("fc2", s.hidden, s.inter)]
-    layer += _norms(["self_attn_layer_norm", "final_layer_norm"], s.hidden, bias=True)
-    outside = [_tensor("model.decoder.embed_tokens.weight", s.vocab, s.hidden)]
-    outside += [_tensor("model.decoder.embed_positions.weight", 514, s.hidden)]
-    outside += _norms(["model.decoder.final_layer_norm"], s.hidden, bias=True)
+    layer = [t for x in ("q", "k", "v", "out") for t in rules.biased(f"self_attn.{x}_proj", s.hidden, s.hidden)]
+    layer += [*rules.biased("fc1", s.inter, s.hidden), *rules.biased("fc2", s.hidden, s.inter)]
+    layer += rules.norms(["self_attn_layer_norm", "final_layer_norm"], s.hidden, bias=True)
+    outside = [rules.tensor("model.decoder.embed_tokens.weight", s.vocab, s.hidden)]
+    outside += [rules.tensor("model.decoder.embed_positions.weight", 514, s.hidden)]
+    outside += rules.norms(["model.decoder.final_layer_norm"], s.hidden, bias=True)
     yield Family("opt", "OPT", config, _Shape([layer] * s.layers, outside, "model.decoder.layers").tensors(), kv_heads=s.heads)
 
     config = {
@@ -392,11 +242,14 @@ def _older(s: Sizes) -> Iterator[Family]:
         "intermediate_size": s.inter, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
         "max_position_embeddings": 512, "tie_word_embeddings": False,
     }  # fmt: skip
-    layer = [*_biased("attention.query_key_value", 3 * s.hidden, s.hidden), *_biased("attention.dense", s.hidden, s.hidden)]
-    layer += [*_biased("mlp.dense_h_to_4h", s.inter, s.hidden), *_biased("mlp.dense_4h_to_h", s.hidden, s.inter)]
-    layer += _norms(_TWO_NORMS, s.hidden, bias=True)
-    outside = [_tensor(name, s.vocab, s.hidden) for name in ("gpt_neox.embed_in.weight", "embed_out.weight")]
-    outside += _norms(["gpt_neox.final_layer_norm"], s.hidden, bias=True)
+    layer = [
+        *rules.biased("attention.query_key_value", 3 * s.hidden, s.hidden),
+        *rules.biased("attention.dense", s.hidden, s.hidden),
+    ]
+    layer += [*rules.biased("mlp.dense_h_to_4h", s.inter, s.hidden), *rules.biased("mlp.dense_4h_to_h", s.hidden, s.inter)]
+    layer += rules.norms(_TWO_NORMS, s.hidden, bias=True)
+    outside = [rules.tensor(name, s.vocab, s.hidden) for name in ("gpt_neox.embed_in.weight", "embed_out.weight")]
+    outside += rules.norms(["gpt_neox.final_layer_norm"], s.hidden, bias=True)
     tensors = _Shape([layer] * s.layers, outside, "gpt_neox.layers").tensors()
     yield Family("gpt-neox", "GPT-NeoX", config, tensors, kv_heads=s.heads)
 
@@ -405,43 +258,46 @@ def _older(s: Sizes) -> Iterator[Family]:
         "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_kv_heads": s.kv_heads,
         "new_decoder_architecture": True, "bias": False, "parallel_attn": True, "multi_query": True, "alibi": False,
     }  # fmt: skip
-    layer = [*_bf16("self_attention.query_key_value", (s.heads + 2 * s.kv_heads) * s.head, s.hidden)]
-    layer += _bf16("self_attention.dense", s.hidden, s.hidden)
-    layer += [*_bf16("mlp.dense_h_to_4h", 4 * s.hidden, s.hidden), *_bf16("mlp.dense_4h_to_h", s.hidden, 4 * s.hidden)]
-    layer += _norms(["ln_attn", "ln_mlp"], s.hidden, bias=True)
-    outside = [_tensor("transformer.word_embeddings.weight", s.vocab, s.hidden)]
-    outside += _norms(["transformer.ln_f"], s.hidden, bias=True)
+    layer = [*rules.bf16("self_attention.query_key_value", (s.heads + 2 * s.kv_heads) * s.head, s.hidden)]
+    layer += rules.bf16("self_attention.dense", s.hidden, s.hidden)
+    layer += [
+        *rules.bf16("mlp.dense_h_to_4h", 4 * s.hidden, s.hidden),
+        *rules.bf16("mlp.dense_4h_to_h", s.hidden, 4 * s.hidden),
+    ]
+    layer += rules.norms(["ln_attn", "ln_mlp"], s.hidden, bias=True)
+    outside = [rules.tensor("transformer.word_embeddings.weight", s.vocab, s.hidden)]
+    outside += rules.norms(["transformer.ln_f"], s.hidden, bias=True)
     tensors = _Shape([layer] * s.layers, outside, "transformer.h").tensors()
     yield Family("falcon", "Falcon", config, tensors, kv_heads=s.kv_heads)
 
 
 def _sparse(s: Sizes) -> Iterator[Family]:
     """Decoders with experts."""
-    attention, counts = list(_attention(s, _bf16)), {"num_experts": s.experts, "num_experts_per_tok": 2}
+    attention, counts = list(rules.attention(s, rules.bf16)), {"num_experts": s.experts, "num_experts_per_tok": 2}
 
     def family(name: str, architecture: str, config: dict[str, object], *layers: list[TensorSpec], experts: int = 8) -> Family:
         return Family(name, architecture, config, _decoder(s, *layers).tensors(), experts=experts, kv_heads=s.kv_heads)
 
     wide = replace(s, wide=s.inter, experts=4)
-    mixtral = [*attention, *_bf16("block_sparse_moe.gate", wide.experts, s.hidden)]
+    mixtral = [*attention, *rules.bf16("block_sparse_moe.gate", wide.experts, s.hidden)]
     for expert in range(wide.experts):
         for w, rows, cols in (("w1", s.inter, s.hidden), ("w2", s.hidden, s.inter), ("w3", s.inter, s.hidden)):
-            mixtral += _bf16(f"block_sparse_moe.experts.{expert}.{w}", rows, cols)
+            mixtral += rules.bf16(f"block_sparse_moe.experts.{expert}.{w}", rows, cols)
     config = _config(s, "mixtral", "MixtralForCausalLM", num_local_experts=wide.experts, num_experts_per_tok=2)
     yield family("mixtral", "Mixtral", config, *[mixtral] * s.layers, experts=wide.experts)
 
-    shared = [*_mlp("mlp.shared_expert", s, 256, _bf16), *_bf16("mlp.shared_expert_gate", 1, s.hidden)]
-    experts = list(_experts("mlp", s, _bf16))
+    shared = [*rules.mlp("mlp.shared_expert", s, 256, rules.bf16), *rules.bf16("mlp.shared_expert_gate", 1, s.hidden)]
+    experts = list(rules.experts("mlp", s, rules.bf16))
     config = _config(
         s, "qwen2_moe", "Qwen2MoeForCausalLM", **counts, moe_intermediate_size=s.wide, shared_expert_intermediate_size=256,
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=False,
     )  # fmt: skip
-    layer = [*_attention(s, _bf16, qkv=_biased), *experts, *shared]
+    layer = [*rules.attention(s, rules.bf16, qkv=rules.biased), *experts, *shared]
     yield family("qwen2-moe", "Qwen2-MoE", config, *[layer] * s.layers)
 
-    norms = [*_norms(["self_attn.q_norm"], s.heads * s.head), *_norms(["self_attn.k_norm"], s.kv_heads * s.head)]
+    norms = [*rules.norms(["self_attn.q_norm"], s.heads * s.head), *rules.norms(["self_attn.k_norm"], s.kv_heads * s.head)]
     config = _config(s, "olmoe", "OlmoeForCausalLM", **{**counts, "num_experts": wide.experts}, norm_topk_prob=False)
-    layer = [*attention, *norms, *_experts("mlp", wide, _bf16)]
+    layer = [*attention, *norms, *rules.experts("mlp", wide, rules.bf16)]
     yield family("olmoe", "OLMoE", config, *[layer] * s.layers, experts=wide.experts)
 
     half = replace(s, experts=4)
@@ -451,11 +307,11 @@ def _sparse(s: Sizes) -> Iterator[Family]:
         linear_key_head_dim=s.head, linear_value_head_dim=s.head, linear_conv_kernel_dim=4, decoder_sparse_step=1,
         mlp_only_layers=[], norm_topk_prob=True, partial_rotary_factor=0.25, layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
-    norms = list(_norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
-    moe = [*_experts("mlp", half, _bf16), *_mlp("mlp.shared_expert", s, s.wide, _bf16)]
-    moe += _bf16("mlp.shared_expert_gate", 1, s.hidden)
-    full = [*_attention(s, _bf16, gated=True), *norms, *moe]
-    tensors = _decoder(half, [*_linear_attention(s), *moe], full).tensors()
+    norms = list(rules.norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
+    moe = [*rules.experts("mlp", half, rules.bf16), *rules.mlp("mlp.shared_expert", s, s.wide, rules.bf16)]
+    moe += rules.bf16("mlp.shared_expert_gate", 1, s.hidden)
+    full = [*rules.attention(s, rules.bf16, gated=True), *norms, *moe]
+    tensors = _decoder(half, [*rules.linear_attention(s), *moe], full).tensors()
     yield Family("qwen3-next", "Qwen3-Next", config, tensors, experts=4, kv_heads=s.kv_heads)
 
 
@@ -466,8 +322,8 @@ def _shared_experts(s: Sizes) -> Iterator[Family]:
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
     }  # fmt: skip
     latent = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_layer_freq": 1}
-    mlp = list(_mlp("mlp", s, s.inter, _bf16))
-    moe = [*_experts("mlp", s, _bf16), *_mlp("mlp.shared_experts", s, s.wide, _bf16)]
+    mlp = list(rules.mlp("mlp", s, s.inter, rules.bf16))
+    moe = [*rules.experts("mlp", s, rules.bf16), *rules.mlp("mlp.shared_experts", s, s.wide, rules.bf16)]
     all_heads = replace(s, kv_heads=s.heads)
 
     config = _config(
@@ -475,7 +331,7 @@ def _shared_experts(s: Sizes) -> Iterator[Family]:
         scoring_func="softmax", norm_topk_prob=False,
     )  # fmt: skip
     del config["head_dim"]
-    attention = list(_latent_attention(s))
+    attention = list(rules.latent_attention(s))
     tensors = _decoder(s, [*attention, *mlp], [*attention, *moe]).tensors()
     yield Family("deepseek-v2", "DeepSeek-V2", config, tensors, experts=s.experts, kv_heads=s.heads)
 
@@ -484,14 +340,14 @@ def _shared_experts(s: Sizes) -> Iterator[Family]:
         scoring_func="sigmoid", norm_topk_prob=True,
     )  # fmt: skip
     del config["head_dim"]
-    attention = list(_latent_attention(s, q_lora=64))
-    correction = [_tensor("mlp.gate.e_score_correction_bias", s.experts)]
+    attention = list(rules.latent_attention(s, q_lora=64))
+    correction = [rules.tensor("mlp.gate.e_score_correction_bias", s.experts)]
     tensors = _decoder(s, [*attention, *mlp], [*attention, *moe, *correction]).tensors()
     yield Family("deepseek-v3", "DeepSeek-V3", config, tensors, experts=s.experts, kv_heads=s.heads)
 
     config = _config(s, "glm4_moe", "Glm4MoeForCausalLM", **routed, use_qk_norm=False, norm_topk_prob=True)
-    attention = list(_attention(s, _bf16))
-    correction = [_tensor("mlp.gate.e_score_correction_bias", s.experts, dtype="F32")]
+    attention = list(rules.attention(s, rules.bf16))
+    correction = [rules.tensor("mlp.gate.e_score_correction_bias", s.experts, dtype="F32")]
     tensors = _decoder(s, [*attention, *mlp], [*attention, *moe, *correction]).tensors()
     yield Family("glm4-moe", "GLM-4-MoE", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
 
@@ -503,10 +359,14 @@ def _stacked(s: Sizes) -> Iterator[Family]:
         s, "gpt_oss", "GptOssForCausalLM", num_local_experts=s.experts, num_experts_per_tok=2, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"], attention_bias=True,
     )  # fmt: skip
-    layer = [*_attention(s, _biased), _tensor("self_attn.sinks", s.heads), *_biased("mlp.router", s.experts, s.hidden)]
-    layer += _stacked_experts("mlp.experts", s)
-    layer += [_tensor("mlp.experts.gate_up_proj_bias", s.experts, 2 * s.wide)]
-    layer += [_tensor("mlp.experts.down_proj_bias", s.experts, s.hidden)]
+    layer = [
+        *rules.attention(s, rules.biased),
+        rules.tensor("self_attn.sinks", s.heads),
+        *rules.biased("mlp.router", s.experts, s.hidden),
+    ]
+    layer += rules.stacked_experts("mlp.experts", s)
+    layer += [rules.tensor("mlp.experts.gate_up_proj_bias", s.experts, 2 * s.wide)]
+    layer += [rules.tensor("mlp.experts.down_proj_bias", s.experts, s.hidden)]
     tensors = _decoder(s, *[layer] * s.layers).tensors()
     yield Family("gpt-oss", "gpt-oss", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
 
@@ -514,8 +374,11 @@ def _stacked(s: Sizes) -> Iterator[Family]:
         s, "llama4_text", "Llama4ForCausalLM", num_local_experts=s.experts, num_experts_per_tok=1,
         intermediate_size_mlp=s.inter, interleave_moe_layer_step=1, use_qk_norm=False,
     )  # fmt: skip
-    layer = [*_attention(s, _bf16), *_bf16("feed_forward.router", s.experts, s.hidden)]
-    layer += [*_mlp("feed_forward.shared_expert", s, s.inter, _bf16), *_stacked_experts("feed_forward.experts", s)]
+    layer = [*rules.attention(s, rules.bf16), *rules.bf16("feed_forward.router", s.experts, s.hidden)]
+    layer += [
+        *rules.mlp("feed_forward.shared_expert", s, s.inter, rules.bf16),
+        *rules.stacked_experts("feed_forward.experts", s),
+    ]
     tensors = _decoder(s, *[layer] * s.layers).tensors()
     yield Family("llama4", "Llama-4 text", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
 
@@ -532,7 +395,7 @@ def _all() -> Iterator[Family]:
     yield from _sparse(s)
     yield from _shared_experts(s)
     yield from _stacked(s)
-    for word in _quantizations(s, routed=True):
+    for word in rules.quantizations(s, routed=True):
         yield llama(f"llama-{word}", _BLOCKS, quantization=word)
         yield qwen3_moe(f"qwen3-moe-{word}", _BLOCKS, quantization=word)
     yield llama("llama-kv2-fp8-block", replace(_BLOCKS, kv_heads=2), quantization="fp8-block")
