@@ -16,18 +16,18 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, NoReturn
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import LayoutError
 from .held import Contents, Held, Taint, count, cut, part
+from .items import Functions, Item
 from .moves import MOVES
 from .strided import MOST_BOXES, Inexpressible, View
 from .trace import DTYPE_NAMES, Recorder, Storage, tensors_in, view_of
@@ -55,42 +55,6 @@ _FULL: Final[Mapping[str, int]] = {"aten::full": 1, "aten::full_like": 1, "aten:
 _SHAPE_QUESTIONS: Final = frozenset(("aten::is_same_size", "aten::size", "aten::sym_size", "aten::stride", "aten::numel"))
 
 
-class Item(float):
-    """Stands for the value of a one-element tracked tensor. It can be handed to `fill_` or to an assignment, nothing else:
-    whatever asks for its value, compares or computes with it raises LayoutError. It is a float because torch's argument
-    parser wants one, and NaN so that what C code (`math`, NumPy) computes from it unasked is NaN too, which is refused as a
-    constant."""
-
-    __slots__ = ("__weakref__", "_recorder", "source")
-    _recorder: Follower
-    source: Tensor
-
-    def __new__(cls, recorder: Follower, source: Tensor) -> Item:
-        self = super().__new__(cls, math.nan)
-        self._recorder, self.source = recorder, source
-        return self
-
-    def __repr__(self) -> str:
-        return "<an element of a checkpoint tensor>"
-
-    def __format__(self, how: str) -> str:
-        return repr(self)
-
-    def fill(self, into: Tensor) -> None:
-        self._recorder.move(into, self.source.reshape(()).expand(into.shape), "aten::fill_")
-
-    def asked(self, *_: object) -> NoReturn:
-        raise self._recorder.refuse("item()", [self.source], "a value is needed to go on")
-
-
-_COMPARED: Final = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__")
-for _name in (*_COMPARED, *sorted(set(dir(float)) - set(dir(object)))):
-    if _name in ("real", "imag"):
-        setattr(Item, _name, property(Item.asked))
-    elif _name not in ("__getformat__", "fromhex", "from_number"):
-        setattr(Item, _name, Item.asked)
-
-
 class Follower(Recorder):
     """Active as a context manager, in the thread that loads. `logical` says of each logical tensor that it saw which
     checkpoint tensor it is, and as which dtypes its elements went on."""
@@ -99,7 +63,7 @@ class Follower(Recorder):
         super().__init__()
         self.logical: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {}
         self.items: list[weakref.ref[Item]] = []
-        self._functions = _Functions(self)
+        self._functions = Functions(self)
 
     def __enter__(self) -> Follower:
         self._functions.__enter__()  # type: ignore[no-untyped-call]
@@ -417,61 +381,6 @@ class Follower(Recorder):
     def named(self, tensors: Iterable[Tensor]) -> str:
         labels = sorted({self._label(t) for t in tensors})
         return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
-
-
-class _Functions(TorchFunctionMode):
-    """Sees calls before they lose their Python objects: `.item()`, what is filled with it, and `parameter.data = tracked`."""
-
-    def __init__(self, recorder: Follower) -> None:
-        super().__init__()
-        self._recorder = recorder
-        self._handlers: dict[object, Callable[..., object]] = {
-            Tensor.item: self._item,
-            Tensor.fill_: self._fill,
-            Tensor.__setitem__: self._assign,
-            Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
-        }
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Iterable[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        handler = self._handlers.get(func)
-        if handler is None:
-            for value in (*args, *kwargs.values()) if kwargs else args:
-                if type(value) is Item or (type(value) in (list, tuple) and any(type(v) is Item for v in value)):  # type: ignore[attr-defined]
-                    value = value if type(value) is Item else next(v for v in value if type(v) is Item)  # type: ignore[attr-defined]
-                    value.asked()
-            return func(*args, **(kwargs or {}))
-        return handler(func, *args, **(kwargs or {}))
-
-    def _item(self, func: Callable[..., object], source: Tensor) -> object:
-        if source.numel() != 1 or not self._recorder.loaded(source):
-            return func(source)
-        item = Item(self._recorder, source)
-        self._recorder.items.append(weakref.ref(item))
-        return item
-
-    def _fill(self, func: Callable[..., object], into: Tensor, value: object) -> object:
-        if not isinstance(value, Item):
-            return func(into, value)
-        value.fill(into)
-        return into
-
-    def _assign(self, func: Callable[..., object], into: Tensor, index: object, value: object) -> None:
-        if isinstance(value, Item):
-            value.fill(into[index])  # type: ignore[index]
-        else:
-            func(into, index, value)
-
-    def _set_data(self, func: Callable[..., object], into: Tensor, value: Tensor) -> None:
-        """As a real tensor's data torch refuses a meta tensor: it gets memory on the old device instead, unwritten."""
-        if into.device.type != "meta" and value.device.type == "meta" and self._recorder.known(value):
-            value = self._recorder.housed(value, into.device)
-        func(into, value)
 
 
 @contextmanager
