@@ -1,7 +1,7 @@
 """GPU memory between processes of one host: transport cuda_ipc as a share of the driver's own peer copy, and the digest as a
 share of what the memory can be read with. Needs a GPU; with two, also between them.
 
-    python -m bench.cuda [--gib 4] [--rounds 7]
+    peerload bench cuda -- [--gib 4] [--rounds 7]
 """
 
 from __future__ import annotations

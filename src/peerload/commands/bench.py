@@ -26,6 +26,7 @@ BENCHES = {
     "digest": "how fast digests are, as a share of memcpy",
     "plan": "planning and lowering for one target rank, up to Kimi-K2's size: seconds and memory",
     "load": "a whole load out of a peer's memory, against the engine's own load from disk",
+    "cuda": "GPU memory between processes as a share of the driver's own copy, and digests on a GPU",
     "coordinator": "announcing, discovering and renewing at DeepSeek-V3's size",
 }
 WRONG_WORDS = 2  # argparse's exit status for arguments it doesn't know
