@@ -69,9 +69,9 @@ def collect(runs: Iterable[Path]) -> dict[tuple[str, str, str], Cell]:
         if run.suffix == ".jsonl":
             for row in map(json.loads, run.read_text().splitlines()):
                 model, _, quantization = str(row["model"]).partition("-bf16")
-                name, _, tail = model.partition("-fp8")
+                name, _, tail = model.removesuffix("-large").partition("-fp8")
                 family = {"llama": "Llama", "qwen3-moe": "Qwen3-MoE"}[name]
-                cell = table[row["engine"], family, f"fp8{tail}" if tail else quantization or "bf16"]
+                cell = table[row["engine"].split()[0], family, f"fp8{tail}" if tail else quantization or "bf16"]
                 cell.gpu[column(row["seed_tp"], row["tp"])][f"{row['seed_tp']}->{row['tp']}"] = result_of(row)
             continue
         for told in cells_of(run):

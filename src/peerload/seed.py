@@ -43,7 +43,8 @@ class Seed:
     The caller owns the memory and keeps it, unchanged but for `changing()`, until the seed is closed. `files` are small
     model files (config.json) for targets that have no copy. arena: holds all the buffers, and is frozen, so that targets on this
     host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
-    a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out; targets then can't verify.
+    a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out;
+    targets then can't verify.
     """
 
     def __init__(

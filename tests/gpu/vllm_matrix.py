@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engines" / "vllm"))
 
 import torch
+import vllm
 from engine import Vllm
 from safetensors.torch import save_file
 
@@ -75,7 +76,7 @@ class Case:
             (self.out / f"{self.family}-seed-tp{tp}.log").write_text(seed.log)
 
     def run_target(self, seed_tp: int, tp: int) -> None:
-        row: dict[str, object] = {"model": str(self.family), "seed_tp": seed_tp, "tp": tp}
+        row: dict[str, object] = {"engine": f"vllm {vllm.__version__}", "model": str(self.family), "seed_tp": seed_tp, "tp": tp}
         self.rows.append(row)
         try:
             config = {"url": self.coordinators[seed_tp].address, "source": False}
@@ -122,14 +123,14 @@ def write_large(directory: Path, family: Family) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--only", default="", help="a regular expression for the models")
     parser.add_argument("--large", action="store_true", help="a model of 7.5 GB, for rates")
     options = parser.parse_args()
     families = [llama(f"llama-{q}", DENSE, quantization=q) for q in QUANTIZATIONS]
     families += [qwen3_moe(f"qwen3-moe-{q}", SPARSE, quantization=q) for q in QUANTIZATIONS]
     if options.large:
         families = [llama("llama-large", LARGE)]
-    families = [f for f in families if options.only in f.name]
+    families = [f for f in families if re.search(options.only, f.name)]
     models = options.out / "models"
     models.mkdir(parents=True)
     with ExitStack() as stack:

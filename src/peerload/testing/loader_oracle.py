@@ -76,9 +76,8 @@ def differences(traced: Traced, model: nn.Module, truth: nn.Module, values: Mapp
         wrong = (data != memory_of(real[name])) & claimed
         if bool(wrong.any()):
             found.append(f"{name}: {int(wrong.sum())} of {len(wrong)} bytes differ")
-    for name in traced.made:
-        if mine[name].device.type != "meta" and not torch.equal(memory_of(mine[name]), memory_of(real[name])):
-            found.append(f"{name}: made, but differs")
+    made = [name for name in traced.made if mine[name].device.type != "meta"]
+    found += [f"{name}: made, but differs" for name in made if not torch.equal(memory_of(mine[name]), memory_of(real[name]))]
     return found
 
 
