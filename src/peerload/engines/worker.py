@@ -211,12 +211,12 @@ class Worker:
         self._say(
             "rank %d: %s in %.2f s at %.2f GB/s, %.3fx of what it needs on the wire (%s)", receipt.rank,
             readable(receipt.needed_nbytes), receipt.wall_s, receipt.transfer_gb_per_s, receipt.overhead,
-            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items()),
+            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items() if seconds >= 0.005),
         )  # fmt: skip
         total = receipt.verified_nbytes + receipt.unverified_nbytes
         self._say(
-            "rank %d: %.1f %% of its bytes verified by the seeds' digests; all %d ranks have committed",
-            receipt.rank, 100 * receipt.verified_nbytes / max(1, total), self._identity.size,
+            "rank %d: %.1f %% of its bytes verified by the seeds' digests; %d of %d ranks have committed",
+            receipt.rank, 100 * receipt.verified_nbytes / max(1, total), self._identity.size, self._identity.size,
         )  # fmt: skip
 
     def _say(self, text: str, *values: object) -> None:
