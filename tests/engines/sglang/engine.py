@@ -22,7 +22,7 @@ ON_CPU = {
     "device": "cpu", "dtype": "bfloat16", "attention_backend": "torch_native", "sampling_backend": "pytorch",
     "grammar_backend": "none", "disable_cuda_graph": True, "disable_overlap_schedule": True, "disable_radix_cache": True,
     "skip_server_warmup": True, "skip_tokenizer_init": True, "max_total_tokens": 1024, "max_running_requests": 4,
-    "mem_fraction_static": 0.5, "log_level": "info",
+    "mem_fraction_static": 0.5, "log_level": "info", "sleep_on_idle": True,
 }  # fmt: skip
 #: A distribution that SGLang finds on the module path, with a plug-in of the tests'.
 DISTRIBUTION = {

@@ -124,6 +124,7 @@ def test_a_seed_whose_weights_are_updated_is_one_no_longer(fleet: Fleet) -> None
 def test_others_load_from_the_second(fleet: Fleet, tp: int, record_property: Callable[[str, object], None]) -> None:
     fleet.second(DENSE)
     assert fleet.seeds() == {"tp=2": 2}
+    fleet.stock(DENSE, tp)
     with fleet.target(DENSE, tp) as target:
         assert_all_from_peers(target.wait(), tp)
         assert_equals_stock(fleet, DENSE, tp, target)
@@ -139,6 +140,7 @@ def test_a_seed_that_has_been_killed_is_replaced_by_the_checkpoint(fleet: Fleet)
 
 
 def test_experts_are_split_too(fleet: Fleet, record_property: Callable[[str, object], None]) -> None:
+    fleet.stock(SPARSE, 2)
     fleet.first(SPARSE)
     with fleet.target(SPARSE, 2) as target:
         assert_all_from_peers(target.wait(), 2)
