@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peerload.config import Config
-from peerload.engines.worker import Identity, NotFollowed, Worker
-from peerload.errors import LayoutError, PlanError
+from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
+from peerload.errors import CoordinatorError, LayoutError, PlanError
 from peerload.manifest import Parallel
 from peerload.receipt import Receipt
 
@@ -79,14 +79,14 @@ class Toy(nn.Module):
 class Instance:
     """All ranks of an instance, in this process."""
 
-    def __init__(self, name: str, tp: int, checkpoint: Path, config: Config) -> None:
+    def __init__(self, name: str, tp: int, checkpoint: Path, config: Config, launch: Launch | None = None) -> None:
         self.name, self.tp, self.checkpoint, self.config = name, tp, checkpoint, config
         self.models = [Toy(tp, rank) for rank in range(tp)]
-        self.launch = uuid.uuid4().hex
+        self.launch = launch or Launch(name, uuid.uuid4().hex)
         self.workers = [self._worker(rank) for rank in range(tp)]
 
     def _worker(self, rank: int) -> Worker:
-        who = Identity("toy 1.0", self.name, self.launch, Parallel(tp=self.tp), rank, self.tp)
+        who = Identity("toy 1.0", self.launch, Parallel(tp=self.tp), rank, self.tp)
         return Worker(
             who, self.config, self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
@@ -204,3 +204,13 @@ def test_a_host_without_the_checkpoint_loads_what_seeds_hold(url: str, checkpoin
         assert sources(target.load()) == {"seed"}
         target.checkpoint = checkpoint
         assert_loaded(target)
+
+
+def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoint: Path) -> None:
+    config = configured("127.0.0.1:1")
+    launch = Launch.now(config)
+    assert "127.0.0.1:1" in launch.alone
+    for fallback, kind in (("disk", NotFollowed), ("fail", CoordinatorError)):
+        with Instance("target", 1, checkpoint, config.replace(fallback=fallback), launch) as target:
+            with pytest.raises(kind, match=r"127\.0\.0\.1:1"):
+                target.load()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import socket
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import LayoutError
 from ..manifest import Parallel
-from .worker import Identity, NotFollowed, Worker
+from .worker import Identity, Launch, NotFollowed, Worker
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,9 @@ class Loader(DefaultModelLoader):
             self.load_weights_only(model, weights, target_device)
 
         finish = post_load_weights if hasattr(model, "post_load_weights") else None
-        worker = Worker(identity(), self._config, self._directory(self._loading), load_weights=load_weights, finish=finish)
+        worker = Worker(
+            identity(self._config), self._config, self._directory(self._loading), load_weights=load_weights, finish=finish
+        )
         worker.load(model)
         self.postprocess_weights(model, target_device)
         worker.serve(model)
@@ -86,10 +86,9 @@ class Loader(DefaultModelLoader):
         return Path(self._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)[0])
 
 
-def identity() -> Identity:
+def identity(config: Config) -> Identity:
     """Which rank of which instance this process is. Collective: all ranks of the instance call it."""
     world = get_world_group()
-    launch, host = world.broadcast_object((uuid.uuid4().hex, socket.gethostname()) if world.rank_in_group == 0 else None)
+    launch = Launch(*world.broadcast_object(Launch.now(config) if world.rank_in_group == 0 else None))
     parallel = Parallel(get_tp_group().world_size, get_pp_group().world_size, get_moe_ep_group().world_size)
-    instance = f"{host}-{launch[:8]}"
-    return Identity(ENGINE, instance, launch, parallel, world.rank_in_group, world.world_size)
+    return Identity(ENGINE, launch, parallel, world.rank_in_group, world.world_size)

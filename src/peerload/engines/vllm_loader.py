@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import socket
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -22,7 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..manifest import Parallel
-from .worker import Identity, NotFollowed, Worker
+from .worker import Identity, Launch, NotFollowed, Worker
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +83,7 @@ class PeerloadLoader(BaseModelLoader):
             return loaded
 
         self._worker = Worker(
-            identity(self._whole, model_config),
+            identity(self._whole, model_config, self._config),
             self._config,
             self._directory(model_config),
             load_weights=load_weights,
@@ -102,20 +100,17 @@ class PeerloadLoader(BaseModelLoader):
         return Path(self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0])
 
 
-def identity(whole: VllmConfig, model_config: ModelConfig) -> Identity:
+def identity(whole: VllmConfig, model_config: ModelConfig, config: Config) -> Identity:
     """This worker among all that share its world. A collective call."""
     group = get_world_group()
-    told = (f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex)
-    if group.world_size > 1:
-        told = group.broadcast_object(told, src=0)
-    instance, launch = told
+    launch = Launch(*group.broadcast_object(Launch.now(config) if group.rank_in_group == 0 else None))
     if model_config is not whole.model_config:  # a draft model, beside the main one
-        instance, launch = f"{instance}-draft", f"{launch}-draft"
+        launch = launch._replace(instance=f"{launch.instance}-draft")
     sizes = whole.parallel_config
     tp, pp = sizes.tensor_parallel_size, sizes.pipeline_parallel_size
     ep = tp * sizes.data_parallel_size if sizes.enable_expert_parallel else 1
     parallel = Parallel(tp=tp, pp=pp, ep=ep)
-    return Identity(f"vllm {vllm.__version__}", instance, launch, parallel, group.rank_in_group, group.world_size)
+    return Identity(f"vllm {vllm.__version__}", launch, parallel, group.rank_in_group, group.world_size)
 
 
 def _refuse_unfollowable(model: nn.Module) -> None:

@@ -9,11 +9,14 @@ what they would have seen after a load from disk.
 from __future__ import annotations
 
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from safetensors import safe_open
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..deadline import Deadline
-from ..errors import ConfigError, DeadlineExceeded, LayoutError, ManifestError
+from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, ManifestError
 from ..layout.coverage import require_covered
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
@@ -45,17 +48,38 @@ class NotFollowed(LayoutError):
     """This model can't come from peers; its engine may build it anew and load it from disk. All ranks find the same."""
 
 
+class Launch(NamedTuple):
+    """What rank 0 tells all ranks, so that they do the same. `number` is that of one life of the instance, and new in the next;
+    `alone` says why the instance has to do without a coordinator, if it has."""
+
+    instance: str
+    number: str
+    alone: str = ""
+
+    @classmethod
+    def now(cls, config: Config) -> Self:
+        number, alone = uuid.uuid4().hex, ""
+        try:
+            with CoordinatorClient(config.url) as client:
+                client.status()
+        except (CoordinatorError, DeadlineExceeded) as error:
+            alone = error.message
+        return cls(f"{socket.gethostname()}-{number[:8]}", number, alone)
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which rank this is. `engine` is its name and version, as in "vllm 0.32.0"; `launch` is the same for all ranks of one
-    life of the instance, and new in the next."""
+    """Which rank of which instance this is. `engine` is its name and version, as in "vllm 0.32.0"."""
 
     engine: str
-    instance: str
-    launch: str
+    launch: Launch
     parallel: Parallel
     rank: int
     size: int
+
+    @property
+    def instance(self) -> str:
+        return self.launch.instance
 
 
 class Worker:
@@ -83,9 +107,11 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
         where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
         try:
+            if self._identity.launch.alone:
+                raise CoordinatorError(self._identity.launch.alone, next_step="start it, or give its url")
             key, catalog, checkpoint = self._source()
             traced = self._trace(model, catalog)
-        except (LayoutError, ConfigError, ManifestError) as error:
+        except (LayoutError, ConfigError, ManifestError, CoordinatorError) as error:
             if self._config.fallback != "disk":
                 raise
             raise NotFollowed(error.message, next_step=error.next_step) from error
@@ -181,7 +207,7 @@ class Worker:
         who, config = self._identity, self._config
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
-        member = Member(who.instance, who.rank, who.size, who.launch)
+        member = Member(who.instance, who.rank, who.size, who.launch.number)
         with CoordinatorClient(config.url) as client, opened_transports(config, device_of(tensors)) as transports:
             job = Job(
                 key, traced.layout, address, _regions(tensors, config), member, transports, config, coordinator=client,
