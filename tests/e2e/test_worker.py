@@ -211,6 +211,6 @@ def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoi
     launch = Launch.now(config)
     assert "127.0.0.1:1" in launch.alone
     for fallback, kind in (("disk", NotFollowed), ("fail", CoordinatorError)):
-        with Instance("target", 1, checkpoint, config.replace(fallback=fallback), launch) as target:
-            with pytest.raises(kind, match=r"127\.0\.0\.1:1"):
-                target.load()
+        target = Instance("target", 1, checkpoint, config.replace(fallback=fallback), launch)
+        with target, pytest.raises(kind, match=r"127\.0\.0\.1:1"):
+            target.load()

@@ -107,8 +107,6 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
         where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
         try:
-            if self._identity.launch.alone:
-                raise CoordinatorError(self._identity.launch.alone, next_step="start it, or give its url")
             key, catalog, checkpoint = self._source()
             traced = self._trace(model, catalog)
         except (LayoutError, ConfigError, ManifestError, CoordinatorError) as error:
@@ -167,6 +165,8 @@ class Worker:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config = self._config
+        if self._identity.launch.alone:
+            raise CoordinatorError(self._identity.launch.alone, next_step="start it, or give its url")
         try:
             checkpoint = Checkpoint.open(self._directory)
         except ConfigError:
