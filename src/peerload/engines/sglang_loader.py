@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -63,10 +63,10 @@ class Loader(DefaultModelLoader):
                 raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")
             self.load_weights_only(model, weights, target_device)
 
-        finish = post_load_weights if hasattr(model, "post_load_weights") else None
         worker = Worker(
-            identity(self._config), self._config, self._directory(self._loading), load_weights=load_weights, finish=finish
-        )
+            identity(self._config), self._config, self._directory(self._loading), load_weights=load_weights,
+            finish=finishing(model),
+        )  # fmt: skip
         worker.load(model)
         self.postprocess_weights(model, target_device)
         worker.serve(model)
@@ -80,10 +80,31 @@ class Loader(DefaultModelLoader):
             worker.close()
 
     def _directory(self, model_config: ModelConfig) -> Path:
-        """The checkpoint, downloaded if it has to be."""
-        if Path(model_config.model_path).is_dir():
-            return Path(model_config.model_path)
+        """The checkpoint, downloaded if it has to be; where the configuration says which seeds to look for, it hasn't."""
+        directory = Path(model_config.model_path)
+        if directory.is_dir() or (self._config.model_name and self._config.revision):
+            return directory
         return Path(self._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)[0])
+
+
+def finishing(model: nn.Module) -> Callable[[nn.Module], None] | None:
+    """What `model`, of which nothing has been loaded yet, computes out of its parameters at the end of its own loading (absorbed
+    MLA weights), for when the bytes are there; None if it has no such step.
+
+    SGLang keeps the memory of what it computed before, and writes into it; where a trace has put a tensor without memory,
+    what was there first is put back."""
+    if not hasattr(model, "post_load_weights"):
+        return None
+    before = [(module, dict(vars(module))) for module in model.modules()]
+
+    def finish(model: nn.Module) -> None:
+        for module, attributes in before:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.is_meta:
+                    setattr(module, name, attributes.get(name))
+        post_load_weights(model)
+
+    return finish
 
 
 def identity(config: Config) -> Identity:
