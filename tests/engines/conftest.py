@@ -12,4 +12,4 @@ collect_ignore = sorted({"vllm", "sglang"} - packages_distributions().keys())
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for engine in collect_ignore:
-        terminalreporter.write_line(f"left out: tests/engines/{engine} needs {engine} (./dev test runs it in its own environment)")
+        terminalreporter.write_line(f"left out: tests/engines/{engine}, without {engine} (./dev test runs it where there is one)")
