@@ -225,13 +225,13 @@ class _Run:
             try:
                 return make_plan(wants, usable, reserve=last, match=config.match, salt=f"{member.instance}/{member.rank}")
             except PlanError as error:
-                trusted += 1
-                if trusted <= len(order):
+                left = self._leave(wants, error)  # rather than trust a suspect
+                if len(left) < len(wants):
+                    wants = left
                     continue
-                left = self._leave(wants, error)
-                if len(left) == len(wants):
+                trusted += 1
+                if trusted > len(order):
                     raise self._exhausted(error) from error
-                wants, trusted = left, trusted - 1
 
     def _leave(self, wants: Wants, error: PlanError) -> Wants:
         """Without the derived tensors that nobody can supply, if the caller can make them."""

@@ -214,3 +214,24 @@ def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoi
         target = Instance("target", 1, checkpoint, config.replace(fallback=fallback), launch)
         with target, pytest.raises(kind, match=r"127\.0\.0\.1:1"):
             target.load()
+
+
+def test_if_one_rank_cannot_be_followed_none_goes_on(url: str, checkpoint: Path) -> None:
+    with Instance("target", 2, checkpoint, configured(url, model_name="toy-apart")) as target:
+        target.models[1] = Odd(2, 1)
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(w.load, m) for w, m in zip(target.workers, target.models, strict=True)]
+        for future in futures:
+            assert isinstance(future.exception(), NotFollowed)
+            assert "rank 1: " in str(future.exception())
+
+
+def test_a_complete_replica_without_a_coordinator_serves_all_the_same(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with coordinator_process() as (running, address):
+        instance = Instance("target", 1, checkpoint, configured(address, model_name="toy-late"))
+        instance.load()
+        running.kill()
+        running.wait()
+        instance.models[0].post_process()
+        assert instance.workers[0].serve(instance.models[0]) is None
+        assert "is no seed" in caplog.text

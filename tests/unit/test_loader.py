@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -464,3 +465,22 @@ def test_memory_is_not_written_but_for_constants() -> None:
     assert torch.equal(model.a, fresh.a)
     assert torch.equal(model.b[:4], fresh.b[:4])
     assert not model.b[4:].any()
+
+
+@pytest.mark.parametrize("look", [Tensor.tolist, Tensor.numpy, np.asarray], ids=["tolist", "numpy", "asarray"])
+def test_memory_read_outside_torch_is_refused(look: Callable[[Tensor], Iterable[float]]) -> None:
+    """What is there isn't what a load would have put there."""
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.full((4,), 7.0), requires_grad=False)
+    model.width = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "scale":
+                model.scale.data.copy_(tensor)
+            else:
+                model.width.data.fill_(float(max(look(model.scale.data))))
+
+    catalog = Catalog.of([TensorSpec("scale", "F32", (4,)), TensorSpec("width", "F32", (4,))])
+    with pytest.raises(LayoutError, match="scale: the engine's loader applies"):
+        trace_loader(model, load, catalog, parallel=Parallel(), rank=0, engine="x 1")

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +33,8 @@ PUBLISHED: Final = ("config.json", "generation_config.json")
 _MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
 _SAMPLES: Final = 16
 _SAMPLE_NBYTES: Final = 4096
+_SAMPLED_TENSORS: Final = 4096
+_TENSOR_NBYTES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,9 @@ class Checkpoint:
 
     def identity(self) -> str:
         """A cheap fingerprint for `ModelKey.revision` when the operator gives none: 16 hex digits of a SHA-256 over
-        config.json, all headers, all file sizes, and 16 samples of 4 KiB from each file. It tells apart what differs in
-        structure and, through the samples, any two trainings; it isn't a hash of all weights."""
+        config.json, all headers, all file sizes, 16 samples of 4 KiB from each file, and 256 bytes out of the middle of each
+        tensor (of 4,096 evenly chosen ones, if there are more). It tells apart what differs in structure, and trainings that
+        touch every tensor or one of those sampled; it isn't a hash of all weights. Name revisions to be sure."""
         state = hashlib.sha256()
         config = self.directory / "config.json"
         state.update(_read(config) if config.is_file() else b"")
@@ -157,6 +163,12 @@ class Checkpoint:
                 for sample in range(_SAMPLES):
                     stream.seek(start + (nbytes - start) * sample // _SAMPLES)
                     state.update(stream.read(_SAMPLE_NBYTES))
+        with ExitStack() as stack:
+            opened = [stack.enter_context(Path(path).open("rb", buffering=0)) for path in self.files.path]
+            step = -(-len(self.tensors) // _SAMPLED_TENSORS) or 1
+            for tensor in self.tensors[::step]:
+                middle = tensor.offset + math.prod(tensor.spec.shape) * ITEMSIZE[tensor.spec.dtype] // 2
+                state.update(os.pread(opened[tensor.file].fileno(), _TENSOR_NBYTES, int(self.data_offset[tensor.file]) + middle))
         return state.hexdigest()[:16]
 
     def key(self, name: str = "", revision: str = "") -> ModelKey:

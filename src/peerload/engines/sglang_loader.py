@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,6 +49,8 @@ class Loader(DefaultModelLoader):
                 reason = error.message  # the error holds on to the model
             finally:
                 self._loading = None
+            gc.collect()  # parameters and their loaders hold each other
+            torch.accelerator.empty_cache()
             log.warning("peerload: %s; SGLang loads it from disk, and this instance is no seed of it", reason)
         return super().load_model(model_config=model_config, device_config=device_config)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
+import torch
 import vllm
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
@@ -23,9 +24,6 @@ from ..manifest import Parallel
 from .worker import Identity, Launch, NotFollowed, Worker
 
 log = logging.getLogger(__name__)
-
-#: Of this process, whose seeds end when it changes its weights.
-_WORKERS: Final[list[Worker]] = []
 
 
 class PeerloadLoader(BaseModelLoader):
@@ -44,8 +42,15 @@ class PeerloadLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         self._disk.download_model(model_config)
 
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        """For vLLM's `reload_weights`."""
+        return self._disk.get_all_weights(model_config, model)
+
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Build, load, post-process, then serve others until the process ends or the weights change."""
+        """Build, load, post-process, then serve others until the process ends or the weights change. A draft model comes from
+        disk: it is small, and not every rank has it."""
+        if model_config is not vllm_config.model_config or getattr(model_config, "runner", "") == "draft":
+            return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         self._whole = vllm_config
         registry = vllm_config.compilation_config
         layers, moe = registry.static_forward_context, registry.static_all_moe_layers
@@ -56,8 +61,14 @@ class PeerloadLoader(BaseModelLoader):
             reason = error.message  # the error holds on to the model
         else:
             assert self._worker is not None, "load_model calls load_weights"
-            self._worker.serve(model)
+            moving = [word for word in ("enable_eplb", "enable_sleep_mode") if _asked_for(vllm_config, word)]
+            if moving:
+                log.warning("peerload: no seed: vLLM moves weights about under %s", moving[0])
+            elif self._worker.serve(model):
+                _end_when_changed(model, self._worker)
             return model
+        gc.collect()  # parameters and their loaders hold each other
+        torch.accelerator.empty_cache()
         log.warning("peerload: %s; vLLM loads it from disk, and this instance is no seed of it", reason)
         layers.clear()  # of the model that is given up
         layers.update(before[0])
@@ -66,8 +77,6 @@ class PeerloadLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         if self._whole is None:  # vLLM loads new weights into a model that is there
-            for worker in _WORKERS:
-                worker.close()
             self._disk.load_weights(model, model_config)
             return
         traced = False
@@ -83,12 +92,11 @@ class PeerloadLoader(BaseModelLoader):
             return loaded
 
         self._worker = Worker(
-            identity(self._whole, model_config, self._config),
+            identity(self._whole, self._config),
             self._config,
             self._directory(model_config),
             load_weights=load_weights,
         )
-        _WORKERS.append(self._worker)
         atexit.register(self._worker.close)
         self._worker.load(model)
 
@@ -100,17 +108,32 @@ class PeerloadLoader(BaseModelLoader):
         return Path(self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0])
 
 
-def identity(whole: VllmConfig, model_config: ModelConfig, config: Config) -> Identity:
+def identity(whole: VllmConfig, config: Config) -> Identity:
     """This worker among all that share its world. A collective call."""
     group = get_world_group()
     launch = Launch(*group.broadcast_object(Launch.now(config) if group.rank_in_group == 0 else None))
-    if model_config is not whole.model_config:  # a draft model, beside the main one
-        launch = launch._replace(instance=f"{launch.instance}-draft")
     sizes = whole.parallel_config
     tp, pp = sizes.tensor_parallel_size, sizes.pipeline_parallel_size
     ep = tp * sizes.data_parallel_size if sizes.enable_expert_parallel else 1
     parallel = Parallel(tp=tp, pp=pp, ep=ep)
     return Identity(f"vllm {vllm.__version__}", launch, parallel, group.rank_in_group, group.world_size)
+
+
+def _asked_for(whole: VllmConfig, word: str) -> bool:
+    return any(getattr(part, word, False) for part in (whole.parallel_config, whole.model_config))
+
+
+def _end_when_changed(model: nn.Module, worker: Worker) -> None:
+    """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first."""
+    load_weights = model.load_weights
+
+    def changed(*args: object, **kwargs: object) -> object:
+        log.info("peerload: the weights are about to change: this rank is no seed any more")
+        worker.close()
+        model.load_weights = load_weights
+        return load_weights(*args, **kwargs)
+
+    model.load_weights = changed
 
 
 def _refuse_unfollowable(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def register() -> None:
-    """VLLM calls it in each of its processes, maybe several times. Costs nothing until the format is asked for."""
+    """Called by vLLM in each of its processes, maybe several times. Costs nothing until the format is asked for."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -34,7 +34,7 @@ def register() -> None:
 
 
 def _join_log() -> None:
-    """Peerload's lines look like vLLM's and go where they go."""
+    """Our lines look like vLLM's and go where they go."""
     ours, theirs = logging.getLogger("peerload"), logging.getLogger("vllm")
     if not ours.handlers:
         ours.handlers, ours.propagate = theirs.handlers, False

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..deadline import Deadline
-from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, ManifestError
+from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, ManifestError, PeerloadError
 from ..layout.coverage import require_covered
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
@@ -45,7 +45,7 @@ PROGRESS_S = 2.0
 
 
 class NotFollowed(LayoutError):
-    """This model can't come from peers; its engine may build it anew and load it from disk. All ranks find the same."""
+    """This model can't come from peers; its engine may build it anew and load it from disk. All ranks raise it or none."""
 
 
 class Launch(NamedTuple):
@@ -106,18 +106,20 @@ class Worker:
     def load(self, model: nn.Module) -> Receipt:
         """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
         where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
+        problem: PeerloadError | None = None
         try:
             key, catalog, checkpoint = self._source()
             traced = self._trace(model, catalog)
         except (LayoutError, ConfigError, ManifestError, CoordinatorError) as error:
             if self._config.fallback != "disk":
                 raise
-            raise NotFollowed(error.message, next_step=error.next_step) from error
+            problem = error
+        self._agree_to_load(problem)
         receipt = self._fill(key, checkpoint, traced)
         if receipt.left:
             assert checkpoint is not None, "nothing is left without one"
             self._derive(model, checkpoint, traced, receipt.left)
-        if traced.hidden and self._finish is not None:
+        if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
             self._finish(model)
         self._report(receipt)
         if self._config.source:
@@ -126,8 +128,16 @@ class Worker:
         return receipt
 
     def serve(self, model: nn.Module) -> Seed | None:
-        """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted or
-        there is nothing to offer."""
+        """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
+        is nothing to offer, or it can't be offered: a replica that is complete serves all the same."""
+        try:
+            return self._serve(model)
+        except PeerloadError as error:
+            log.warning("peerload: rank %d is no seed: %s", self._identity.rank, error.message)
+            self.close()
+            return None
+
+    def _serve(self, model: nn.Module) -> Seed | None:
         if self._loaded is None:
             return None
         (key, loaded), self._loaded = self._loaded, None
@@ -153,6 +163,17 @@ class Worker:
     def close(self) -> None:
         """Offer nothing any more. Safe to call twice."""
         self._stack.close()
+
+    def _agree_to_load(self, problem: PeerloadError | None) -> None:
+        """Raise NotFollowed on every rank if one of them has a `problem`: they go the same way, or the engine hangs."""
+        who, told = self._identity, [problem.message if problem else ""]
+        if who.size > 1 and not who.launch.alone:
+            with CoordinatorClient(self._config.url) as client:
+                group, deadline = f"{who.instance}/{who.launch.number}/trace", Deadline.after(self._config.deadline_s)
+                told = [said.decode() for said in client.agree(group, 0, who.rank, who.size, told[0].encode(), deadline)]
+        for rank, reason in enumerate(told):
+            if reason:
+                raise NotFollowed(f"rank {rank}: {reason}" if len(told) > 1 else reason) from problem
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""

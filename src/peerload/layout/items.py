@@ -61,6 +61,9 @@ class Functions(TorchFunctionMode):
             Tensor.fill_: self._fill,
             Tensor.__setitem__: self._assign,
             Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
+            Tensor.tolist: self._look,
+            Tensor.numpy: self._look,
+            Tensor.__array__: self._look,
         }
 
     def __torch_function__(
@@ -85,6 +88,12 @@ class Functions(TorchFunctionMode):
         item = Item(self._recorder, source)
         self._recorder.items.append(weakref.ref(item))
         return item
+
+    def _look(self, func: Callable[..., object], source: Tensor, *args: object, **kwargs: object) -> object:
+        """Memory read outside torch: what it has there isn't what a load would have."""
+        if self._recorder.loaded(source):
+            raise self._recorder.refuse(f"{getattr(func, '__name__', func)}()", [source], "its values are needed to go on")
+        return func(source, *args, **kwargs)
 
     def _fill(self, func: Callable[..., object], into: Tensor, value: object) -> object:
         if not isinstance(value, Item):
