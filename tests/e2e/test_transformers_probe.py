@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -32,10 +33,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "parallel"), CASES, ids=str)
-def test_trace_is_probe(name: str, parallel: Parallel) -> None:
+def test_trace_is_probe(name: str, parallel: Parallel, record_property: Callable[[str, object], None]) -> None:
     family = FAMILIES[name]
     files = ModelFiles({"config.json": json.dumps(dict(family.config), default=dict).encode()})
     rank = parallel.tp - 1
     layout = layout_for(files, parallel, rank, family.catalog, kept_casts=True)
     layout.prove_cover()
     assert agree(layout, probe_layout(files, parallel, rank, family.catalog)) == []
+    record_property("cell", {
+        "engine": "transformers", "family": family.architecture, "quantization": family.quantization, "tp": parallel.tp,
+        "ep": parallel.ep, "result": "trace == probe",
+    })  # fmt: skip
