@@ -1,7 +1,7 @@
 """A vLLM instance as a process of its own, for tests: a real `LLM` with its workers, asked over pipes.
 
-As a script: reads one JSON object of `LLM` arguments from standard input, then answers each line ("tokens", "sha256") with one
-line of JSON on standard output, and ends with standard input.
+As a script: reads one JSON object of `LLM` arguments from standard input, then answers each line ("tokens", or a method of
+`workers.Looks`) with one line of JSON on standard output, and ends with standard input.
 """
 
 from __future__ import annotations
@@ -82,8 +82,13 @@ class Vllm:
 
     def sha256(self) -> list[dict[str, str]]:
         """[ranks], of every tensor by its path."""
-        self._tell("sha256")
+        self._tell("sha256_of_tensors")
         return self._answer()  # type: ignore[return-value]
+
+    def load_nothing(self) -> None:
+        """Begin to change the weights of every rank."""
+        self._tell("load_nothing")
+        self._answer()
 
     def _tell(self, message: object) -> None:
         assert self._process.stdin is not None
@@ -113,7 +118,7 @@ def main() -> None:
             found = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
             answer([list(f.outputs[0].token_ids) for f in found])
         else:
-            answer(llm.collective_rpc("sha256_of_tensors"))
+            answer(llm.collective_rpc(json.loads(line)))
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from engine import Vllm
 
+from peerload.rpc.client import CoordinatorClient
 from peerload.rpc.server import Coordinator, serve
 from peerload.testing.families import FAMILIES, write_family
 
@@ -108,3 +109,13 @@ def test_a_new_instance_loads_from_a_running_one(
         assert "100.0 % of its bytes verified" in target.log
         assert_equals_stock(fleet, model, tp, target)
     record_property("cell", {"engine": "vllm", "family": model, "seed_tp": seed_tp, "tp": tp})
+
+
+@pytest.mark.timeout(900)
+def test_a_seed_whose_weights_change_is_one_no_longer(fleet: Fleet) -> None:
+    seed, coordinator = fleet.seed(DENSE, 1)
+    with CoordinatorClient(coordinator.address) as client:
+        assert len(client.status().holdings) == 1
+        seed.load_nothing()
+        assert not client.status().holdings
+    assert "the weights are about to change" in seed.log

@@ -24,6 +24,10 @@ class Looks:
         model: nn.Module = self.model_runner.model  # type: ignore[attr-defined]
         return {path: _sha256(t) for path, t in reachable_tensors(model).items()}
 
+    def load_nothing(self) -> None:
+        """As whoever changes the weights of a running model begins."""
+        self.model_runner.model.load_weights(iter(()))  # type: ignore[attr-defined]
+
 
 def _sha256(tensor: torch.Tensor) -> str:
     shape = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
