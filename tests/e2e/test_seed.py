@@ -225,7 +225,7 @@ class TestBareRanks:
 SMALL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
 #: Two ranks in one process, which the reports of progress make slow.
 CTRL_C = """
-import signal, sys, time
+import sys, time
 from peerload.bare import bare_ranks
 from peerload.config import Config
 from peerload.load import Member
@@ -236,7 +236,6 @@ from peerload.transport.base import Limits
 from peerload.transport.local import LocalTransport
 LocalTransport.limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=64 << 10)
 model = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 def slowly(rank, done, _):
     if rank == 0 and done <= 64 << 10:
         print("begun", flush=True)
