@@ -40,8 +40,9 @@ class Cell:
         found += [f"tested on H200 ({', '.join(pairs)}{result})" for result, pairs in results.items()]
         if self.cpu[column]:
             found.append(f"tested on CPU ({', '.join(sorted(self.cpu[column]))})")
-        if self.layouts:
-            found.append("layouts tested on CPU")
+        if len(self.layouts) > (column == "mixed TP"):
+            sizes = "" if self.layouts == {1, 2, 4} else f" of TP {', '.join(map(str, sorted(self.layouts)))}"
+            found.append(f"layouts{sizes} tested on CPU")
         whole = sorted(reason for ep, reason in self.refused if not ep)
         found += [f"falls back: {reason}" for reason in whole]
         found += [f"with EP falls back: {reason}" for reason in sorted({r for ep, r in self.refused if ep} - set(whole))]
