@@ -21,7 +21,10 @@ from peerload.testing.families import FAMILIES
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "engines.md"
 MARK = "<!-- Generated from here on by tools/generate_engines_docs.py -->\n"
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+ENGINES = {
+    "vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers", "sglang to vllm": "A SGLang seed feeds vLLM",
+    "vllm to sglang": "A vLLM seed feeds SGLang",
+}  # fmt: skip
 
 
 @dataclass
@@ -77,10 +80,15 @@ def collect(runs: Iterable[Path]) -> dict[tuple[str, str, str], Cell]:
         for told in cells_of(run):
             engine = str(told["engine"])
             if "seed_tp" in told:
-                family = FAMILIES[str(told["family"])]
                 seed_tp, tp = int(str(told["seed_tp"])), int(str(told["tp"]))
-                cell = table[engine, family.architecture, family.quantization]
-                cell.cpu[column(seed_tp, tp)].add(f"{seed_tp}->{tp}")
+                pair = f"{seed_tp}->{tp}"
+                if "quantization" in told:
+                    family, quantization = str(told["family"]), str(told["quantization"])
+                    pair += " in one process"
+                else:
+                    found = FAMILIES[str(told["family"])]
+                    family, quantization = found.architecture, found.quantization
+                table[engine, family, quantization].cpu[column(seed_tp, tp)].add(pair)
                 continue
             cell = table[engine, str(told["family"]), str(told["quantization"])]
             if told["result"] == "trace == probe":
