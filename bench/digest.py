@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from peerload.digest import PRIME, digest_boxes, digest_pieces
+from peerload.digest import PRIME, digest_boxes
 from peerload.geometry import Box
 from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, TensorSpec
+from peerload.space import HOST, digest_layout
 from peerload.verify import Claims, Measured, compare
 
 HIDDEN, INTER = 8192, 28672  # Llama-3.3-70B
@@ -74,7 +75,7 @@ def against_memcpy(source: np.ndarray, to: np.ndarray, rounds: int) -> dict[str,
             for name, layout in layouts.items():
                 row = rates.setdefault(f"{name}, {threads} thread{'s'[: threads - 1]}", {"memcpy": [], "digest": []})
                 row["memcpy"].append(len(source) / timed(lambda t=threads: copy(to, source, t)) / 1e9)
-                seconds = timed(lambda x=layout, t=threads: digest_pieces(x, address, threads=t))
+                seconds = timed(lambda x=layout, t=threads: digest_layout(HOST, x, address, threads=t))
                 row["digest"].append(layout.nbytes / seconds / 1e9)
     found = {}
     for name, row in sorted(rates.items()):

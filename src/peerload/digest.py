@@ -49,19 +49,11 @@ _GRAIN_NBYTES: Final = 4 << 20
 _ALONE_NBYTES: Final = 1 << 20
 
 
-def digest_pieces(layout: Layout, address: IntArray, *, threads: int = 0) -> DigestArray:
-    """[pieces] digests of everything a rank holds. address: [buffers] of the layout in this process, readable CPU memory
-    that nobody writes meanwhile. threads: 0 means one for each core this process may use."""
-    pieces = layout.pieces
-    where = address[pieces.buffer] + pieces.offset
-    return digest_boxes(layout.catalog, pieces.tensor, pieces.start, pieces.stop, where, pieces.stride, threads=threads)
-
-
 def digest_parts(
     layout: Layout, address: IntArray, piece: IntArray, start: IntArray, stop: IntArray, *, threads: int = 0
 ) -> DigestArray:
-    """[n] digests of boxes start[n, width]..stop[n, width] that lie inside the layout's pieces `piece[n]`; for the rest
-    see `digest_pieces`."""
+    """[n] digests of boxes start[n, width]..stop[n, width] that lie inside the layout's pieces `piece[n]`, its buffers at
+    `address` [buffers]; for the rest see `digest_boxes`."""
     pieces = layout.pieces
     stride = pieces.stride[piece]
     where = address[pieces.buffer[piece]] + pieces.offset[piece] + ((start - pieces.start[piece]) * stride).sum(axis=1)

@@ -53,6 +53,11 @@ class Member:
     size: int = 1
     launch: str = ""
 
+    @property
+    def group(self) -> str:
+        """Under which its ranks agree at the coordinator."""
+        return f"{self.instance}/{self.launch}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
@@ -357,15 +362,11 @@ class _Run:
             while more:  # until nobody's payload has another part: its first byte says so
                 part = parts.pop(0) if parts else b""
                 said = (b"+" if parts else b".") + part
-                answers = coordinator.agree(self._group, self.round, member.rank, member.size, said, self.deadline)
+                answers = coordinator.agree(self.job.member.group, self.round, member.rank, member.size, said, self.deadline)
                 self.round += 1
                 heard = [old + new[1:] for old, new in zip(heard, answers, strict=True)]
                 more = any(new[:1] == b"+" for new in answers)
         return heard
-
-    @property
-    def _group(self) -> str:
-        return f"{self.job.member.instance}/{self.job.member.launch}"
 
     def abort(self, error: BaseException) -> None:
         """Let the other ranks know, so that none of them waits or serves."""
@@ -375,7 +376,7 @@ class _Run:
         reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
         try:
             for number in (self.round, self.round + 1):  # the others may have agreed on this round without our hearing of it
-                coordinator.abort(self._group, number, member.rank, member.size, reason)
+                coordinator.abort(self.job.member.group, number, member.rank, member.size, reason)
         except PeerloadError as unheard:
             log.warning("peerload: rank %d could not tell the others that it gave up: %s", member.rank, unheard.message)
 

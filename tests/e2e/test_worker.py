@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from peerload.config import Config
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
-from peerload.errors import CoordinatorError, LayoutError, PlanError
+from peerload.errors import CommitError, ConfigError, CoordinatorError, LayoutError, PlanError
 from peerload.manifest import Parallel
 from peerload.receipt import Receipt
 
@@ -235,3 +236,16 @@ def test_a_complete_replica_without_a_coordinator_serves_all_the_same(checkpoint
         instance.models[0].post_process()
         assert instance.workers[0].serve(instance.models[0]) is None
         assert "is no seed" in caplog.text
+
+
+def test_a_rank_that_cannot_open_its_memory_tells_the_others_at_once(url: str, checkpoint: Path) -> None:
+    """One region for all is asked for, and there are five allocations."""
+    with Instance("target", 2, checkpoint, configured(url, model_name="toy-arena")) as target:
+        target.workers[1]._config = target.config.replace(registration="arena")
+        begun_s = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(w.load, m) for w, m in zip(target.workers, target.models, strict=True)]
+        assert isinstance(futures[1].exception(), ConfigError)
+        assert isinstance(futures[0].exception(), CommitError)
+        assert "5 allocations" in str(futures[0].exception())
+        assert time.monotonic() - begun_s < target.config.deadline_s / 2

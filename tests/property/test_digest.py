@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.digest import PRIME, add_up, digest_boxes, digest_pieces, tensor_keys
+from peerload.digest import PRIME, add_up, digest_boxes, tensor_keys
 from peerload.geometry import Box
 from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, TensorSpec
+from peerload.space import HOST, digest_layout
 
 SEGMENT = 1024
 MASK = (1 << 64) - 1
@@ -247,7 +248,7 @@ def test_pieces_of_a_layout_and_threads() -> None:
         offset += len(raw)
     layout = Layout(catalog, ("arena",), np.array([buffer.size]), Pieces.of(rows, catalog.width))
     address = np.array([buffer.ctypes.data])
-    found = [digest_pieces(layout, address, threads=t) for t in (1, 3)]
+    found = [digest_layout(HOST, layout, address, threads=t) for t in (1, 3)]
     assert found[0].tolist() == found[1].tolist()
     for i in (0, 1, 4):
         assert int(found[0][i]) == dumb(specs[parts[i][0]], wholes[parts[i][0]], parts[i][1])

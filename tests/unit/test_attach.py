@@ -19,7 +19,6 @@ from peerload.bare import BareRank
 from peerload.batch import Batch
 from peerload.config import Config
 from peerload.deadline import Deadline
-from peerload.digest import digest_pieces
 from peerload.errors import HostError, SourceLost
 from peerload.load import Job, Member, load
 from peerload.manifest import Binding, Endpoint, Offer, Parallel, SourceId
@@ -27,6 +26,7 @@ from peerload.memory import Arena
 from peerload.rpc.client import CoordinatorClient
 from peerload.rpc.server import serve
 from peerload.seed import Seed
+from peerload.space import HOST, digest_layout
 from peerload.testing.instances import Life, SeedProcess, TargetProcess, content, differences, load_ranks
 from peerload.testing.layouts import layout, llama
 from peerload.testing.source_process import SourceProcess
@@ -354,7 +354,7 @@ def test_a_lie_in_frozen_memory_is_caught_and_read_from_another(url: str, honest
         transport = stack.enter_context(closing(LocalTransport(threads=1)))
         for name, address in zip(liar.layout.buffer_names, liar.address.tolist(), strict=True):
             liar.arena.write(address, content(MODEL, Parallel(), 0)[name].tobytes())
-        digests = digest_pieces(liar.layout, liar.address)
+        digests = digest_layout(HOST, liar.layout, liar.address)
         for address, nbytes in zip(liar.address.tolist(), liar.layout.buffer_nbytes.tolist(), strict=True):
             np.frombuffer(liar.arena.view(address, nbytes), np.uint8)[::512] ^= 4
         assert liar.arena.freeze()

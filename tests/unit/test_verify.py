@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from peerload.digest import PRIME, digest_parts, digest_pieces
+from peerload.digest import PRIME, digest_parts
 from peerload.errors import VerifyError
 from peerload.geometry import Box, IntArray
 from peerload.manifest import ITEMSIZE, Binding, Catalog, Layout, Offer, Parallel, Piece, Pieces, SourceId, TensorSpec
 from peerload.plan import Plan, make_plan
 from peerload.receipt import Read, Receipt
+from peerload.space import HOST, digest_layout
 from peerload.testing.layouts import Held, Model, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
 from peerload.verify import Claims, Measured, State, Verdict, compare
 
@@ -62,7 +63,9 @@ class Process:
 
     def offer(self, instance: str = "seed") -> Offer:
         source = SourceId(instance, self.layout.rank, "1")
-        return Offer(self.layout, Binding(source, self.address, (), digests=digest_pieces(self.layout, self.address, threads=1)))
+        return Offer(
+            self.layout, Binding(source, self.address, (), digests=digest_layout(HOST, self.layout, self.address, threads=1))
+        )
 
 
 def instance(model: Model, parallel: Parallel, tensors: Tensors) -> list[Process]:

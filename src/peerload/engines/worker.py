@@ -229,9 +229,16 @@ class Worker:
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         member = Member(who.instance, who.rank, who.size, who.launch.number)
-        with CoordinatorClient(config.url) as client, opened_transports(config, device_of(tensors)) as transports:
+        with CoordinatorClient(config.url) as client, ExitStack() as stack:
+            try:
+                transports = stack.enter_context(opened_transports(config, device_of(tensors)))
+                regions = _regions(tensors, config)
+            except PeerloadError as error:
+                if who.size > 1:  # the others are on their way to the first vote of the load
+                    client.abort(member.group, 0, who.rank, who.size, error.message)
+                raise
             job = Job(
-                key, traced.layout, address, _regions(tensors, config), member, transports, config, coordinator=client,
+                key, traced.layout, address, regions, member, transports, config, coordinator=client,
                 reserve=[checkpoint.offer()] if checkpoint else [],
                 derives=checkpoint is not None and config.fallback == "disk", on_bytes=_Progress(self._say),
             )  # fmt: skip

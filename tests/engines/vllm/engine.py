@@ -22,7 +22,7 @@ ENVIRONMENT = {
 #: On a CPU, with workers that share cores, forked from a process that has imported everything.
 ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork", "KEEP_WEIGHTS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }  # fmt: skip
 
 
@@ -30,10 +30,11 @@ class Vllm:
     """An instance, started by `with`. It takes half a minute until it serves (`wait`), so start several at once."""
 
     def __init__(
-        self, model: Path, tp: int, config: dict[str, object] | None = None, *, gpu: bool = False, python: str = sys.executable,
-        **arguments: object,
+        self, model: Path, tp: int, config: dict[str, object] | None = None, *, gpu: bool = False, packed: bool = False,
+        python: str = sys.executable, **arguments: object,
     ) -> None:  # fmt: skip
-        """config: peerload's; None: vLLM loads by itself. python: of an environment with vLLM. arguments: more of `LLM`'s."""
+        """config: peerload's; None: vLLM loads by itself. packed: linear weights as the CPU backend packs them for oneDNN, out of
+        sight; else they stay to be looked at. python: of an environment with vLLM. arguments: more of `LLM`'s."""
         self._python = python
         self._arguments: dict[str, object] = {
             "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
@@ -43,6 +44,8 @@ class Vllm:
         if config is not None:
             self._arguments |= {"load_format": "peerload", "model_loader_extra_config": config}
         self._environment = {**os.environ, **ENVIRONMENT, **({} if gpu else ON_CPU)}
+        if not gpu and not packed:
+            self._environment["KEEP_WEIGHTS"] = "1"
         path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environment["PYTHONPATH"] = os.pathsep.join(path)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process has ended

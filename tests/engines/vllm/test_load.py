@@ -41,8 +41,7 @@ class Fleet:
         if self._seed != (model, tp):
             self.close()
             coordinator = self._running.enter_context(serve("127.0.0.1:0"))
-            # vLLM frees linear weights on a CPU once it has packed them: a seed there has to keep copies of all.
-            config = {"url": coordinator.address, "retain_bytes": 1 << 30}
+            config = {"url": coordinator.address}
             self._found = self._running.enter_context(Vllm(self._models[model], tp, config)).wait(), coordinator
             self._seed = model, tp
         return self._found
@@ -119,3 +118,18 @@ def test_a_seed_whose_weights_change_is_one_no_longer(fleet: Fleet) -> None:
         seed.load_nothing()
         assert not client.status().holdings
     assert "the weights are about to change" in seed.log
+
+
+@pytest.mark.timeout(900)
+def test_a_seed_whose_weights_are_packed_gives_the_copies_it_kept(fleet: Fleet, models: dict[str, Path]) -> None:
+    """vLLM as it runs on CPUs: linear weights are packed for oneDNN and freed, so tokens say what tensors can't."""
+    fleet.close()
+    with serve("127.0.0.1:0") as coordinator, Vllm(models[DENSE], 1, packed=True) as stock:
+        told = {"url": coordinator.address, "fallback": "fail", "source": False}
+        with Vllm(models[DENSE], 1, {"url": coordinator.address, "retain_bytes": 1 << 30}, packed=True) as seed:
+            assert re.search(r"peerload: seed .* in copies", seed.wait().log)
+            with Vllm(models[DENSE], 1, told, packed=True) as target:
+                assert sources(target.wait()) == {"peer"}
+                stock.wait()
+                assert target.sha256() == stock.sha256()
+                assert target.tokens() == stock.tokens()
