@@ -131,5 +131,10 @@ def test_a_seed_whose_weights_are_packed_gives_the_copies_it_kept(fleet: Fleet, 
             with Vllm(models[DENSE], 1, told, packed=True) as target:
                 assert sources(target.wait()) == {"peer"}
                 stock.wait()
-                assert target.sha256() == stock.sha256()
+                assert visible(target) == visible(stock)
                 assert target.tokens() == stock.tokens()
+
+
+def visible(instance: Vllm) -> list[dict[str, str]]:
+    """[ranks], sha256 by path, but for the tensors that hold an address of packed weights: those differ between any two loads."""
+    return [{path: sha for path, sha in rank.items() if not path.endswith(".handler_tensor")} for rank in instance.sha256()]
