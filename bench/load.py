@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
         config = Config(
             url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport,
-            verify=not args.no_verify, attach=not args.no_attach,
+            verify="off" if args.no_verify else "on", attach=not args.no_attach,
         )  # fmt: skip
         spec = RankSpec(
             role="peer", instance="seed", rank=0, size=args.seed_tp, model_dir=str(directory), config=config,

@@ -42,10 +42,15 @@ class Config:
         "any", "which seeds may feed this process: any layout, or only those of the same TP, PP and EP sizes",
         ("any", "same-parallelism"),
     )  # fmt: skip
-    verify: bool = _setting(True, "compare digests of what arrived with what the seeds announced")
+    verify: str = _setting(
+        "on", "on: compare digests of what arrived with what the seeds announced, and refuse a seed that announces none. off: "
+        "weights are committed unproven; the seeds then need not hash theirs. JSON's true and false mean the same",
+        ("on", "off"),
+    )  # fmt: skip
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
     wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
     deadline_s: float = _setting(600.0, "seconds the whole load may take")
+    stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like one that died")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
     retain_bytes: int = _setting(
         256 << 20, "memory in which a seed keeps copies of small tensors as they were loaded, where its engine's post-processing "
@@ -60,6 +65,9 @@ class Config:
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            if setting.name == "verify" and isinstance(value, bool):
+                value = "on" if value else "off"
+                object.__setattr__(self, setting.name, value)
             wanted = type(setting.default)
             if wanted is float and type(value) is int:
                 object.__setattr__(self, setting.name, float(value))
@@ -67,9 +75,14 @@ class Config:
                 raise ConfigError(f"{setting.name} is {value!r}, must be of type {wanted.__name__}")
             if choices and value not in choices:
                 raise ConfigError(f"{setting.name} is {value!r}, must be one of {', '.join(choices)}")
-        for name in ("wait_s", "deadline_s", "staging_bytes", "retain_bytes", "threads"):
+        for name in ("wait_s", "deadline_s", "stall_s", "staging_bytes", "retain_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
+
+    @property
+    def verifies(self) -> bool:
+        """Whether targets compare digests, and seeds announce them."""
+        return self.verify != "off"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Config:

@@ -68,7 +68,9 @@ class Job:
     device; None: everything is copied. `config.attach` has a say too.
     reserve: offers of last resort, such as a checkpoint on disk, read for what no seed supplies.
     derives: the caller can make derived tensors itself: those that nobody holds are left out, and told in the receipt.
-    on_bytes(phase, done, wanted): progress, called from several threads."""
+    on_bytes(phase, done, wanted): progress, called from several threads.
+    complete(left): what the caller does with the proven bytes before the instance commits, such as making the derived tensors
+    `left`; if it raises on any rank, no rank commits. None: nothing; all ranks of an instance have one, or none has."""
 
     model: ModelKey
     layout: Layout
@@ -82,6 +84,7 @@ class Job:
     reserve: Sequence[Offer] = ()
     derives: bool = False
     on_bytes: Callable[[str, int, int], None] = lambda *_: None
+    complete: Callable[[tuple[str, ...]], None] | None = None
 
 
 def load(job: Job) -> Receipt:
@@ -97,6 +100,7 @@ def load(job: Job) -> Receipt:
                 run.fetch(wants, offers, reader)
                 verdict = run.verify(offers)
                 if run.all_agree(verdict):
+                    run.complete()
                     return run.receipt(verdict)
                 wants = run.doubted(verdict)
     except BaseException as error:
@@ -283,7 +287,7 @@ class _Run:
         what the sources announced."""
         catalog, filled = self.job.layout.catalog, self.filled
         with self.phase("verify"):
-            if self.job.config.verify:
+            if self.job.config.verifies:
                 filled.digest[self.hashed :] = self._hash(filled.take(np.arange(self.hashed, len(filled))))
                 self.hashed = len(filled)
             else:
@@ -327,6 +331,13 @@ class _Run:
                 next_step="withdraw the seed that all of them were read from, or look at this host's memory and network",
             )
         return not doubts
+
+    def complete(self) -> None:
+        """The caller's own last step, and the vote on it."""
+        if self.job.complete is not None:
+            with self.phase("complete"):
+                self.job.complete(tuple(sorted(self.left)))
+            self._exchange(b"")
 
     def doubted(self, verdict: Verdict) -> Wants:
         """What this rank has to read again, from elsewhere if anybody else has it."""

@@ -154,7 +154,7 @@ class TestWrongBytes:
 
     def test_verify_off_lets_it_pass(self, url: str) -> None:
         with SeedProcess(seed(url, "a")):
-            life = target(url, config=CONFIG.replace(verify=False))
+            life = target(url, config=CONFIG.replace(verify="off"))
             (result,) = load_ranks(life, wrap=faulty(Faults(source="a/", flip_one_in_nbytes=200_000, flips=2)))
         assert result.error is None
         assert result.receipt is not None

@@ -306,7 +306,7 @@ def test_changed_weights_are_read_from_memory_not_from_the_frozen_file(url: str,
 
 
 def test_changed_weights_without_digests_are_the_new_ones_too(url: str) -> None:
-    config = CONFIG.replace(verify=False)
+    config = CONFIG.replace(verify="off")
     with SeedProcess(life(url, "seed", 2, config=config, digests=False)) as seed:
         seed.ask("change")
         (result,) = load_ranks(life(url, "target", 1, config=config, version=1))

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ],
     )  # fmt: skip
     unproven = sum(r.unverified_nbytes for r in receipts)
-    if unproven and config.verify:
+    if unproven and config.verifies:
         console.say(f"{unproven / 1e6:.1f} MB could not be proven by the ranks that were pulled")
     return 0
 

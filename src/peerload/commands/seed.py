@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 Seed(
                     model, rank.layout, rank.address, coordinator=client, transports=serving, instance=instance,
                     files=files.contents, attributes={"engine": "none"}, arena=rank.arena if config.attach else None,
-                    digests=config.verify, threads=config.threads,
+                    digests=config.verifies, threads=config.threads,
                 )
             )  # fmt: skip
         held = sum(rank.layout.nbytes for rank, _ in ranks)

@@ -124,7 +124,7 @@ def seed(
                 this.model, live.layout, live.address, coordinator=this.client, transports=transports,
                 instance=this.member.instance, files=live.files.contents,
                 attributes={"engine": f"transformers {transformers.__version__}"}, space=space_on(str(live.device)),
-                digests=settings.verify, threads=settings.threads,
+                digests=settings.verifies, threads=settings.threads,
             )  # fmt: skip
             stack.enter_context(offered)
         yield ModelSeed(this, offered, group)

@@ -153,7 +153,7 @@ class Worker:
         seed = Seed(
             key, offered.layout, offered.address, coordinator=client, transports=transports,
             instance=self._identity.instance, files=self._files(),
-            attributes={"engine": self._identity.engine}, space=loaded.space, digests=self._config.verify,
+            attributes={"engine": self._identity.engine}, space=loaded.space, digests=self._config.verifies,
             threads=self._config.threads,
         )  # fmt: skip
         self._stack.enter_context(seed)
