@@ -1,7 +1,7 @@
 """The one configuration, the same everywhere: `--config FILE|JSON`, an engine's loader extra config, or keyword arguments.
 
-This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one, and
-`XDG_CACHE_HOME` says where files go that can be made again.
+This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one,
+`XDG_CACHE_HOME` says where files go that can be made again, and `XDG_STATE_HOME` where those go that should last.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError
+
+#: Upper bound of `deadline_s`: the coordinator keeps decisions longer than that (`directory.DECISION_S`).
+MAX_DEADLINE_S: Final = 86400.0
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -49,7 +52,7 @@ class Config:
     )  # fmt: skip
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
     wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
-    deadline_s: float = _setting(600.0, "seconds the whole load may take")
+    deadline_s: float = _setting(600.0, "seconds the whole load may take; at most 86400")
     stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like one that died")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
     retain_bytes: int = _setting(
@@ -78,6 +81,8 @@ class Config:
         for name in ("wait_s", "deadline_s", "stall_s", "staging_bytes", "retain_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
+        if not self.deadline_s <= MAX_DEADLINE_S:
+            raise ConfigError(f"deadline_s is {self.deadline_s}, must be at most {MAX_DEADLINE_S:g}")
 
     @property
     def verifies(self) -> bool:
@@ -116,6 +121,12 @@ class Config:
 
 
 KEYS: Final = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def state_folder() -> Path:
+    """Where the coordinator's store lies unless told otherwise (https://specifications.freedesktop.org/basedir-spec)."""
+    home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".local" / "state") / "peerload"
 
 
 def cache_folder() -> Path:
