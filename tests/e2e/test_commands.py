@@ -117,7 +117,7 @@ class World:
 def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A coordinator, and a seed that offers the checkpoint as TP2."""
     logs = tmp_path_factory.mktemp("logs")
-    with started(logs / "coordinator", "coordinator", "--listen", "127.0.0.1:0") as coordinator:
+    with started(logs / "coordinator", "coordinator", "--listen", "127.0.0.1:0", "--store", "memory") as coordinator:
         url = coordinator.document["address"]
         with started(logs / "seed", "seed", "--checkpoint", checkpoint, "--tp", 2, "--url", url) as seed:
             yield World(url, seed.document)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from coordinators import answer, kill, process, rank_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from peerload.deadline import Deadline
@@ -52,20 +50,6 @@ from peerload.rpc.client import CoordinatorClient
 from peerload.rpc.server import Coordinator, serve
 
 MODEL = ModelKey("org/llama", "r1")
-#: A rank that takes part in the rounds of the group "target", and says what came of it.
-RANK = """
-import sys
-from peerload.rpc.client import CoordinatorClient
-from peerload.deadline import Deadline
-from peerload.errors import PeerloadError
-url, rank, size, rounds, deadline_s = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
-with CoordinatorClient(url) as client:
-    for number in range(rounds):
-        try:
-            print(client.agree("target", number, rank, size, b"%d" % rank, Deadline.after(deadline_s)), flush=True)
-        except PeerloadError as error:
-            print(type(error).__name__, error.message, flush=True)
-"""
 
 
 def layout(rank: int = 0, tp: int = 2) -> Layout:
@@ -96,45 +80,6 @@ def coordinator() -> Iterator[Coordinator]:
 def client(coordinator: Coordinator) -> Iterator[CoordinatorClient]:
     with CoordinatorClient(coordinator.address) as running:
         yield running
-
-
-@contextmanager
-def process(store: str, listen: str = "127.0.0.1:0") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A coordinator of its own process, and its address."""
-    code = "import sys; from peerload.rpc.server import serve; c = serve(*sys.argv[1:]); print(c.address, flush=True); c.wait()"
-    with subprocess.Popen([sys.executable, "-c", code, listen, store], stdout=subprocess.PIPE, text=True) as running:
-        try:
-            assert running.stdout is not None
-            yield running, running.stdout.readline().strip()
-        finally:
-            running.kill()
-
-
-def kill(running: subprocess.Popen[str]) -> None:
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait(10)
-
-
-@contextmanager
-def rank_process(url: str, rank: int, size: int, rounds: int = 1, deadline_s: float = 30.0) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", RANK, url, *map(str, (rank, size, rounds, deadline_s))]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def answer(rank: subprocess.Popen[str]) -> str:
-    assert rank.stdout is not None
-    return rank.stdout.readline().strip()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = Deadline.after(timeout_s)
-    while not condition():
-        deadline.check("waiting in a test")
-        time.sleep(0.02)
 
 
 # Announce and discover.

@@ -358,7 +358,9 @@ def test_what_the_coordinator_parses_repeats_no_numbers() -> None:
 
     def check(kind: Descriptor) -> None:
         for field in kind.fields:
-            assert not field.is_repeated or field.type in (field.TYPE_STRING, field.TYPE_BYTES, field.TYPE_MESSAGE), field.full_name
+            assert not field.is_repeated or field.type in (field.TYPE_STRING, field.TYPE_BYTES, field.TYPE_MESSAGE), (
+                field.full_name
+            )
             if field.message_type is not None:
                 check(field.message_type)
 
