@@ -150,6 +150,7 @@ class _Run:
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
         self.rereads = self.restarts = self.looks = 0
         self.left: set[str] = set()
+        self.changing = False  # somebody's weights, which are soon announced again
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -185,7 +186,7 @@ class _Run:
     def _seen(self, offers: Sequence[Offer]) -> None:
         """These are there now, besides ourselves. Says whom we can't use, once."""
         self.offers, refused = self._usable(offers)
-        self.known.update({o.source: o for o in offers})
+        self.known.update((o.source, o) for o in offers)
         new = [r for source, r in refused.items() if source not in self.refusals]
         self.refusals.update(refused)
         if new:
@@ -193,10 +194,16 @@ class _Run:
 
     def _usable(self, offers: Sequence[Offer]) -> tuple[list[Offer], dict[SourceId, Refusal]]:
         found, refused = [], {}
+        newest: dict[str, int] = {}
+        for source in (o.source for o in offers):
+            newest[source.instance] = max(source.changes, newest.get(source.instance, 0))
         for offer in offers:
             if offer.source.instance == self.job.member.instance:
                 continue
             reason = self._unusable(offer)
+            if offer.source.changes < newest[offer.source.instance]:
+                reason = "still announces weights that other ranks of its instance have changed"
+                self.changing = True
             if reason:
                 refused[offer.source] = Refusal(str(offer.source), reason)
             else:
@@ -245,7 +252,7 @@ class _Run:
         if coordinator is None or self.looks >= RESTARTS:
             return False
         self.looks += 1
-        stale = any(isinstance(error, SourceStale) for error in self.failures.values())
+        stale = self.changing or any(isinstance(error, SourceStale) for error in self.failures.values())
         left_s = self.job.config.wait_s - (time.perf_counter() - self.begun_s)
         patience_s = max(left_s, CHANGE_S if stale else 0.0)
 
@@ -421,6 +428,7 @@ class _Run:
                 next_step="load from seeds that don't change, or change them less often",
             )
         self.restarts += 1
+        self.changing = True
         log.warning("peerload: rank %d: the ranks have read different generations of %s; discovering again", member.rank, names)
         assert self.job.coordinator is not None, "there are other ranks"
         with self.phase("discover"):

@@ -11,7 +11,6 @@ no longer vouched for.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Event, Lock, Thread
@@ -81,6 +80,7 @@ class Seed:
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
         self._arena, self._space, self._digests, self._threads, self._ttl_s = arena, space, digests, threads, ttl_s
         self._proven, self._on_ended = known, on_ended
+        self._changes = 0
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
@@ -118,9 +118,10 @@ class Seed:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Change the weights in place: the old generation can't be read from the first moment on, the new one is announced
-        after the block, or by a later heartbeat if the coordinator is away. If the block raises, the weights are in an unknown
-        state, so the offer is withdrawn. Raises LeaseSuperseded, after which nothing is offered."""
+        """Change the weights in place; all ranks of an instance do so together, and equally often. The old generation can't be read
+        from the first moment on. The new one is announced after the block, or by a later heartbeat if the coordinator is away.
+        If the block raises, the weights are in an unknown state, so the offer is withdrawn. Raises LeaseSuperseded, after which
+        nothing is offered."""
         self._clear_fence()
         try:
             yield
@@ -128,6 +129,7 @@ class Seed:
             self._withdraw()
             raise
         self._proven.clear()
+        self._changes += 1
         self._republish()
 
     def _republish(self) -> None:
@@ -168,16 +170,16 @@ class Seed:
 
     def _write(self) -> None:
         """A new generation of what is in memory now: its fence and its offer. Nobody is told of it yet."""
-        generation = uuid.uuid4().hex
+        source = SourceId.new(self._instance, self._layout.rank, self._changes)
         endpoints = self._endpoints()  # first: memory that a transport pins can't be frozen; pinned once frozen, it is copied
         if self._thawed():
             endpoints = self._endpoints()
         digests: npt.NDArray[np.uint64] | None = None
         if self._digests:
             digests = self._digest()
-        self._fence.write(fence(generation))
+        self._fence.write(fence(source.generation))
         binding = Binding(
-            SourceId(self._instance, self._layout.rank, generation),
+            source,
             self._address,
             endpoints,
             digests=digests,

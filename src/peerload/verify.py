@@ -122,11 +122,15 @@ class Measured:
         return cls(whole, rank, tensor, start, stop, digest, np.concatenate(renumbered), sources)
 
     def skewed(self) -> frozenset[str]:
-        """Instances of which different generations of one rank were read: their weights changed, or they restarted."""
+        """Instances that were read before and after their weights changed, or they restarted: either one rank in two
+        generations, or ranks that have changed a different number of times."""
         found: dict[tuple[str, int], set[str]] = {}
+        changes: dict[str, set[int]] = {}
         for source in self.sources:
             found.setdefault((source.instance, source.rank), set()).add(source.generation)
-        return frozenset(instance for (instance, _), generations in found.items() if len(generations) > 1)
+            changes.setdefault(source.instance, set()).add(source.changes)
+        skewed = {instance for (instance, _), generations in found.items() if len(generations) > 1}
+        return frozenset(skewed | {instance for instance, counts in changes.items() if len(counts) > 1})
 
     def _in(self, whole: Catalog) -> Measured:
         """The same rows, numbered as in a catalog that has all of ours."""
