@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 PART_NBYTES = (1 << 20) - 1
 MESSAGE_NBYTES = 32 << 20
 #: A rank that gives up tells the others for so long, seconds, and until so long after its deadline.
-FAREWELL_S = 2.0
+FAREWELL_S = 1.0
 #: Doubts that one rank names to the others; they are for people.
 DOUBTS = 20
 

@@ -118,10 +118,10 @@ class Seed:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Change the weights in place; all ranks of an instance do so together, and equally often. The old generation can't be read
-        from the first moment on. The new one is announced after the block, or by a later heartbeat if the coordinator is away.
-        If the block raises, the weights are in an unknown state, so the offer is withdrawn. Raises LeaseSuperseded, after which
-        nothing is offered."""
+        """Change the weights in place; all ranks of an instance do so together, and equally often. The old generation can't be
+        read from the first moment on. The new one is announced after the block, or by a later heartbeat if the coordinator is
+        away. If the block raises, the weights are in an unknown state, so the offer is withdrawn. Raises LeaseSuperseded, after
+        which nothing is offered."""
         self._clear_fence()
         try:
             yield
