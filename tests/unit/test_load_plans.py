@@ -32,7 +32,7 @@ def test_a_seed_that_was_wrong_is_not_asked_again_for_what_the_engine_can_derive
     run = _Run(
         Job(ModelKey("m"), target, address, [], Member("t"), {}, Config(), reserve=[disk], derives=True), Deadline.after(10)
     )
-    run.suspicion["liar"] = 1000
-    plan = run._plan(Wants.of(target), [liar])
+    run.offers, run.suspicion["liar"] = [liar], 1000
+    plan = run.plan(Wants.of(target))
     assert {source.instance for source in plan.bytes_by_source} == {"disk"}
     assert run.left == {DERIVED.name}

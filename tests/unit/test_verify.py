@@ -77,7 +77,7 @@ def measure(process: Process, plan: Plan) -> Measured:
     rows = plan.wants.piece[plan.want]
     digest = digest_parts(process.layout, process.address, rows, plan.start, plan.stop, threads=1)
     catalog, rank = process.layout.catalog, np.full(len(rows), process.layout.rank)
-    names = tuple(str(o.source) for o in plan.offers)
+    names = tuple(o.source for o in plan.offers)
     found = Measured(catalog, rank, process.layout.pieces.tensor[rows], plan.start, plan.stop, digest, plan.offer, names)
     return Measured.decode(found.encode(), catalog)
 
@@ -219,7 +219,7 @@ def measured(*rows: tuple[int, int, Box, int]) -> Measured:
     tensor, start, stop = columns([r[1:3] for r in rows])
     digest = np.array([(total(t, b) + off) % PRIME for _, t, b, off in rows], np.uint64)
     rank = np.array([r[0] for r in rows], np.int64)
-    return Measured(GRID, rank, tensor, start, stop, digest, np.zeros(len(rows), np.int64), ("a/rank 0",))
+    return Measured(GRID, rank, tensor, start, stop, digest, np.zeros(len(rows), np.int64), (SourceId("a", 0, "1"),))
 
 
 def rows(first: int, last: int) -> Box:
@@ -341,7 +341,7 @@ def test_measurements_survive_the_exchange_and_foreign_ones_are_refused() -> Non
 
 def test_joining_renumbers_sources() -> None:
     one, two = measured((0, 1, NORM, 0)), measured((1, 1, NORM, 7))
-    two = Measured(GRID, two.rank, two.tensor, two.start, two.stop, two.digest, two.source, ("b/rank 3",))
+    two = Measured(GRID, two.rank, two.tensor, two.start, two.stop, two.digest, two.source, (SourceId("b", 3, "1"),))
     verdict = compare(claims(("a", 1, NORM, 0)), Measured.join([one, two]))
     assert verdict.mismatches[0].sources == ("b/rank 3",)
 
