@@ -8,8 +8,16 @@ from typing import Any, Final
 import torch
 from tokenizers import Tokenizer, models
 from transformers import (
-    GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3Config,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3Config,
     Qwen3ForSequenceClassification,
 )  # fmt: skip
 
@@ -58,8 +66,8 @@ def processor() -> Qwen2_5_VLProcessor:
     """vLLM asks for one before it loads a vision tower. No test shows it a picture."""
     vocabulary = {**{f"word{n}": n for n in range(500)}, **PICTURES, "<|endoftext|>": 504}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")),  # noqa: S106 no password
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=[*PICTURES],  # noqa: S106
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")),
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=[*PICTURES],
     )  # fmt: skip
     small = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**small), tokenizer, Qwen2VLVideoProcessor(**small))
