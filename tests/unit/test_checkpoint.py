@@ -17,10 +17,10 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 from peerload.batch import Batch  # noqa: E402
 from peerload.deadline import Deadline  # noqa: E402
 from peerload.engines.architecture import catalog_of  # noqa: E402
-from peerload.engines.checkpoint import Checkpoint, ModelFiles  # noqa: E402
+from peerload.engines.checkpoint import Checkpoint, ModelFiles, name_of  # noqa: E402
 from peerload.engines.transformers import layout_for  # noqa: E402
 from peerload.errors import ConfigError, HostError, LayoutError, ManifestError  # noqa: E402
-from peerload.manifest import Catalog, Layout, Parallel, TensorSpec  # noqa: E402
+from peerload.manifest import Catalog, Layout, ModelKey, Parallel, TensorSpec  # noqa: E402
 from peerload.testing.checkpoints import Family, make_checkpoint, model_config, tokenizer  # noqa: E402
 from peerload.transport.base import Region  # noqa: E402
 from peerload.transport.files import FilesTransport  # noqa: E402
@@ -88,6 +88,28 @@ def test_identity_follows_content(directory: Path, tmp_path: Path) -> None:
     assert first.key() == first.key(directory.name, first.identity())
     assert first.key("org/model", "main").revision == "main"
     assert first.offer().source.generation != Checkpoint.open(same).offer().source.generation
+
+
+def test_a_model_has_one_name_whatever_it_is_started_with(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--my-model" / "snapshots" / "0123abcd"
+    plain, link, other = tmp_path / "plain", tmp_path / "link", tmp_path / "other"
+    for directory in (snapshot, plain):
+        directory.mkdir(parents=True)
+    link.symlink_to(snapshot)
+    other.symlink_to(plain)
+    assert {name_of("org/my-model"), name_of(snapshot), name_of(link), name_of("", str(link))} == {"org/my-model"}
+    assert {name_of(plain), name_of(other), name_of(f"{plain}/"), name_of(plain / ".." / "plain")} == {"plain"}
+    assert name_of("mine", snapshot) == "mine"
+    assert name_of() == ""
+
+
+def test_a_checkpoint_of_the_same_content_takes_the_name_it_is_offered_under(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    own, same, other = checkpoint.key(), ModelKey("org/model", checkpoint.identity()), ModelKey("a", "0123")
+    assert checkpoint.key(offered=[other, same]) == same
+    assert checkpoint.key(offered=[same, own]) == own
+    assert checkpoint.key("mine", offered=[same]).name == "mine"
+    assert checkpoint.key(revision="1", offered=[same]) == ModelKey(own.name, "1")
 
 
 def test_missing_things_are_the_operators_fault(directory: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ INDEX: Final = "model.safetensors.index.json"
 #: and nobody needs one to lay out a model.
 PUBLISHED: Final = ("config.json", "generation_config.json")
 _MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
+_REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as the Hub calls a model
 _SAMPLES: Final = 16
 _SAMPLE_NBYTES: Final = 4096
 _SAMPLED_TENSORS: Final = 4096
@@ -171,9 +173,34 @@ class Checkpoint:
                 state.update(os.pread(opened[tensor.file].fileno(), _TENSOR_NBYTES, int(self.data_offset[tensor.file]) + middle))
         return state.hexdigest()[:16]
 
-    def key(self, name: str = "", revision: str = "") -> ModelKey:
-        """`name` defaults to the directory's, `revision` to `identity()`."""
-        return ModelKey(name or self.directory.resolve().name, revision or self.identity())
+    def key(self, name: str = "", revision: str = "", *, known_as: str = "", offered: Iterable[ModelKey] = ()) -> ModelKey:
+        """Under which replicas of this checkpoint find each other: `name_of(name, known_as, directory)`, and `revision`, which
+        defaults to `identity()`.
+
+        offered: the models that seeds hold now. If neither name nor revision is given and one of them has our identity, it is
+        the same model, whatever directory its seed was started with: we take its name."""
+        key = ModelKey(name_of(name, known_as, self.directory), revision or self.identity())
+        if not name and not revision:
+            same = sorted(model.name for model in offered if model.revision == key.revision)
+            if same and key.name not in same:
+                return ModelKey(same[0], key.revision)
+        return key
+
+
+def name_of(*said: str | Path) -> str:
+    """The name of a model, after the first of `said` that isn't empty: what a configuration, an engine or a user calls it. A
+    snapshot folder of the Hugging Face cache has the repository's name ("org/name"), any other directory its own, links
+    followed. What is no directory is a name already, and so is "org/name" where there happens to be such a folder."""
+    for word in filter(None, map(str, said)):
+        path = Path(word)
+        if not path.is_dir() or _REPOSITORY.fullmatch(word):
+            return word
+        path = path.resolve()
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return path.name
+    return ""
 
 
 def _read(path: Path) -> bytes:
