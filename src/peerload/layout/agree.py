@@ -106,7 +106,9 @@ class _Claims:
             if row < 0 and spec.name in self.group:
                 other = ~seen.steady[self.group[spec.name]][at // size]
                 if other.any():
-                    differences.append(f"{name}: {int(other.sum())} elements of {spec.name} depend on more than it is computed from")
+                    differences.append(
+                        f"{name}: {int(other.sum())} elements of {spec.name} depend on more than it is computed from"
+                    )
         for constant in layout.constants:
             if constant.buffer != buffer:
                 continue

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-import torch
-
 #: Longest text of an engine's error that is passed on.
 _MOST: Final = 600
-_PACKAGES: Final = ("site-packages", "dist-packages")
-#: Code that an engine's error may have come through, but which isn't the engine's.
-_OTHERS: Final = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
+_INSTALLED: Final = ("site-packages", "dist-packages")
+#: Packages that an engine's error may have come through.
+_PASSED: Final = ("torch", "pydantic")
+_OWN: Final = str(Path(__file__).parents[1])
 _STANDARD: Final = sysconfig.get_path("stdlib")
 
 
@@ -25,20 +24,26 @@ def engine_frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     one first."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_code.co_filename
-        standard = name.startswith(_STANDARD) and not any(package in name for package in _PACKAGES)
-        if not standard and not name.startswith(_OTHERS):
-            yield frame, line
+        if not name.startswith((_OWN, "<")):
+            place = _inside(name)
+            if (place is None and not name.startswith(_STANDARD)) or (place is not None and place[0] not in _PASSED):
+                yield frame, line
 
 
 def told(error: BaseException) -> str:
-    """An engine's error in one line: its kind, its words, and which line of the engine raised it, as in
-    `AssertionError at vllm/model_executor/models/llama.py:142 (assert heads % tp_size == 0)`."""
+    """An engine's error in one line: its kind, its words, and which line of the engine raised it, as in `AssertionError at
+    vllm/model_executor/models/llama.py:142 (assert heads % tp_size == 0)`. The line itself is shown where there are no words."""
     words = " ".join(str(error).split())
     text = type(error).__name__ + (f": {words[:_MOST]}{'...' if len(words) > _MOST else ''}" if words else "")
     for frame, line in engine_frames(error):
-        path = Path(frame.f_code.co_filename)
-        parts = path.parts
-        inside = next((i + 1 for i in range(len(parts) - 1, -1, -1) if parts[i] in _PACKAGES), max(0, len(parts) - 3))
-        source = linecache.getline(str(path), line).strip()
-        return f"{text} at {'/'.join(parts[inside:])}:{line}" + (f" ({source})" if source else "")
+        name = frame.f_code.co_filename
+        source = "" if words else linecache.getline(name, line).strip()
+        return f"{text} at {'/'.join(_inside(name) or Path(name).parts[-3:])}:{line}" + (f" ({source})" if source else "")
     return text
+
+
+def _inside(name: str) -> tuple[str, ...] | None:
+    """The path of an installed package's file from the package on; None for other files."""
+    parts = Path(name).parts
+    found = [i for i, part in enumerate(parts) if part in _INSTALLED]
+    return parts[found[-1] + 1 :] if found else None

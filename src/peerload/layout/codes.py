@@ -142,7 +142,7 @@ def is_integer(dtype: str) -> bool:
 def code_of(dtype: str) -> Code:
     """The code of elements of a safetensors dtype. Raises KeyError for BOOL, which has room for no code."""
     low, high = _RANDOM[dtype]
-    if dtype in _WIDE or is_integer(dtype) and high > 254:  # whole numbers that survive a cast to any of _WIDE
+    if dtype in _WIDE or (is_integer(dtype) and high > 254):  # whole numbers that survive a cast to any of _WIDE
         digits = patterns_of(torch.arange(1, 255).to(DTYPES[dtype]))
     else:
         digits = np.arange(1 if dtype == "F8_E8M0" else low, 255 if dtype == "F8_E8M0" else high + 1, dtype=np.uint64)

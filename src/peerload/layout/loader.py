@@ -99,8 +99,9 @@ def _run(
 
     def checkpoint() -> Iterator[tuple[str, Tensor]]:
         nonlocal reading
-        for reading, source in sources:
-            yield reading, source
+        for name, source in sources:
+            reading = name
+            yield name, source
         reading = ""
 
     try:
@@ -126,9 +127,10 @@ def _failed(follower: Follower, reading: str, error: Exception) -> LayoutError:
     """reading: the tensor that the loader asked for last, empty if it has read all of them."""
     names = [reading] if reading else []
     for frame, _ in engine_frames(error):
-        tensors = [t for t in frame.f_locals.values() if isinstance(t, Tensor) and follower.storage(t) is not None]
-        if tensors:
-            names += [name for name in follower.named(tensors).split(", ") if name not in names]
+        storages = [follower.storage(value) for value in frame.f_locals.values() if isinstance(value, Tensor)]
+        found = {storage.label for storage in storages if storage is not None and " " not in storage.label}
+        if found:
+            names += sorted(found - {*names})[:2]
             break
     where = f"{', '.join(names)}: " if names else ""
     if "meta" in str(error):
@@ -138,7 +140,7 @@ def _failed(follower: Follower, reading: str, error: Exception) -> LayoutError:
         )
     return LayoutError(
         f"{where}the engine's loader fails: {told(error)}",
-        next_step="the engine by itself is likely to fail in the same place: compare the checkpoint's tensors with its config.json",
+        next_step="the engine alone is likely to fail in the same place: compare the checkpoint's tensors with its config.json",
     )
 
 

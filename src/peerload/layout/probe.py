@@ -357,9 +357,7 @@ class _Decoder:
         packed = bits is not None and is_integer(dtype) and "" in self.codes
         split = 8 * size // bits if packed and bits else 1
 
-        steady = tuple(
-            p.patterns == last.patterns if p is not None and last.alike(p) else np.zeros(n, np.bool_) for p in more
-        )
+        steady = tuple(p.patterns == last.patterns if p is not None and last.alike(p) else np.zeros(n, np.bool_) for p in more)
 
         def result(kind: str, reason: str, ids: IntArray, casts: Iterable[str] = ()) -> Seen:
             kept = made if made is not None and len(made) == n else None
