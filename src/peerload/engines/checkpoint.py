@@ -31,6 +31,10 @@ INDEX: Final = "model.safetensors.index.json"
 #: The small files of a model directory that a seed passes on; config.json alone is required. Tokenizers can be many megabytes,
 #: and nobody needs one to lay out a model.
 PUBLISHED: Final = ("config.json", "generation_config.json")
+#: Suffixes of files that hold weights in some format, and files with such a suffix that hold none.
+_WEIGHTS: Final = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_NO_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt")
+_MISTRAL: Final = "params.json"
 _MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
 _REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as the Hub calls a model
 _SAMPLES: Final = 16
@@ -60,7 +64,7 @@ class ModelFiles:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such model directory or config.json")
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{path}: has no config.json", next_step="give a Hugging Face model directory")
+            raise _not_this_format(path, "has no config.json")
         return cls({name: _read(path / name) for name in PUBLISHED if (path / name).is_file()})
 
     @property
@@ -210,6 +214,35 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
+def refuse_other_formats(directory: Path) -> None:
+    """Raise ConfigError for a model directory whose weights are there, but not as safetensors."""
+    if _weights_of(directory) and not any(directory.glob("*.safetensors")):
+        raise _not_this_format(directory, "holds no safetensors file")
+
+
+def _weights_of(directory: Path) -> list[str]:
+    """Files that look like weights, by name."""
+    return sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHTS and p.name not in _NO_WEIGHTS)
+
+
+def _not_this_format(directory: Path, problem: str) -> ConfigError:
+    """Says which weights are there instead, and what to do with them."""
+    found = _weights_of(directory)
+    has = f", but {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}" if found else ""
+    if (directory / _MISTRAL).is_file():
+        return ConfigError(
+            f"{directory}: {problem}{has}, and {_MISTRAL}: Mistral's own format, which is not supported",
+            next_step=f"take the model in Hugging Face's format: config.json, and {SINGLE} or its shards",
+        )
+    if any(name.endswith(".gguf") for name in found):
+        next_step = "take the model's safetensors files: GGUF is not supported"
+    elif found:
+        next_step = "save it as safetensors: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    else:
+        next_step = "give a Hugging Face model directory, with config.json and safetensors files"
+    return ConfigError(f"{directory}: {problem}{has}", next_step=next_step)
+
+
 def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The files of a checkpoint in the order transformers looks for them, and the index's claims."""
     if not directory.is_dir():
@@ -217,7 +250,7 @@ def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE], {}
     if not (directory / INDEX).is_file():
-        raise ConfigError(f"{directory}: holds neither {SINGLE} nor {INDEX}", next_step="give a safetensors checkpoint directory")
+        raise _not_this_format(directory, f"holds neither {SINGLE} nor {INDEX}")
     try:
         index = json.loads(_read(directory / INDEX))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
