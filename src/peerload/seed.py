@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
 
@@ -45,6 +45,8 @@ class Seed:
     host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
     a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out;
     targets then can't verify.
+
+    on_ended: called once, in a thread of the seed, when another process has taken this rank's place: nothing is offered then.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Seed:
         digests: bool = True,
         threads: int = 0,
         ttl_s: float = TTL_S,
+        on_ended: Callable[[LeaseSuperseded], None] = lambda _: None,
     ) -> None:
         self._model, self._layout, self._address = model, layout, address
         self._coordinator, self._transports, self._instance = coordinator, transports, instance
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
         self._arena, self._space, self._digests, self._threads, self._ttl_s = arena, space, digests, threads, ttl_s
+        self._on_ended = on_ended
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
@@ -190,6 +194,7 @@ class Seed:
                         self._renew()
             except LeaseSuperseded as error:
                 log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)  # noqa: TRY400 - nothing to trace
+                self._on_ended(error)
                 return
             except (CoordinatorError, DeadlineExceeded) as error:
                 log.warning("peerload: heartbeat of %s failed, trying again: %s", self.offer.source, error.message)
