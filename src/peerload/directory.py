@@ -30,7 +30,7 @@ from .manifest import ModelKey, SourceId
 FENCE_S: Final = 7 * 86400.0
 #: How long an undecided round is kept that nobody votes or asks in, seconds: a rank that waits asks far more often.
 ROUND_S: Final = 3600.0
-#: How long a decision is kept after it was last asked for, seconds: longer than any deadline (`config.MAX_DEADLINE_S`), so that
+#: How long a decision is kept after it was last asked for, seconds: longer than any deadline (`config.LONGEST_S`), so that
 #: a rank that comes late still hears of it.
 DECISION_S: Final = 2 * 86400.0
 TTL_LIMITS_S: Final = (0.1, 86400.0)

@@ -1,8 +1,7 @@
 """A safetensors directory as a seed: whole tensors, TP=1, whose buffers are the data parts of the files.
 
-Only headers are read here (https://github.com/huggingface/safetensors: 8 bytes of little-endian length, that many bytes
-of JSON, data). Weight bytes are read by the `files` transport, at addresses of a made-up space in which the files stand
-one behind the other.
+Only headers are read here. Weight bytes are read by the `files` transport, at addresses of a made-up space in which the files
+stand one behind the other.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,9 @@ import numpy as np
 
 from ..errors import ConfigError, ManifestError
 from ..geometry import Box, IntArray
-from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec
+from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId
 from ..transport.files import FileSet
+from .header import Stored, read_header, tensors_in
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -35,7 +35,6 @@ PUBLISHED: Final = ("config.json", "generation_config.json")
 _WEIGHTS: Final = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _NO_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt")
 _MISTRAL: Final = "params.json"
-_MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
 _REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as the Hub calls a model
 _SAMPLES: Final = 16
 _SAMPLE_NBYTES: Final = 4096
@@ -74,7 +73,7 @@ class ModelFiles:
             parsed: dict[str, object] = json.loads(self.contents["config.json"])
         except KeyError:
             raise ConfigError("the model's files lack config.json") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config.json is not JSON: {error}") from error
         return parsed
 
@@ -82,15 +81,6 @@ class ModelFiles:
         """Into an existing directory."""
         for name, content in self.contents.items():
             (directory / Path(name).name).write_bytes(content)
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of a file: `offset` is the byte of the file's data part at which it begins."""
-
-    spec: TensorSpec
-    file: int
-    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +103,16 @@ class Checkpoint:
         contradicts itself, its file or the index."""
         directory = Path(directory)
         shards, index = _shards(directory)
-        files = FileSet.of(shards)
+        try:
+            files = FileSet.of(shards)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from error
         headers: list[bytes] = []
         tensors: list[Stored] = []
         for number, (path, nbytes) in enumerate(zip(shards, files.nbytes, strict=True)):
-            header = _header(path, nbytes)
+            header = read_header(path, nbytes)
             headers.append(header)
-            tensors += _tensors(path, header, number, nbytes)
+            tensors += tensors_in(header, path.name, number, nbytes)
         found = {t.spec.name: shards[t.file].name for t in tensors}
         for name, shard in index.items():
             if found.get(name) != shard:
@@ -243,6 +236,14 @@ def _not_this_format(directory: Path, problem: str) -> ConfigError:
     return ConfigError(f"{directory}: {problem}{has}", next_step=next_step)
 
 
+def _is_file(path: Path) -> bool:
+    """False also for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The files of a checkpoint in the order transformers looks for them, and the index's claims."""
     if not directory.is_dir():
@@ -253,42 +254,12 @@ def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
         raise _not_this_format(directory, f"holds neither {SINGLE} nor {INDEX}")
     try:
         index = json.loads(_read(directory / INDEX))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(INDEX, "is not JSON with a weight_map") from error
     if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
         raise ManifestError(f"{INDEX}.weight_map", "does not map tensors to files")
     shards = [directory / name for name in sorted(set(index.values()))]
     for path in shards:
-        if path.parent != directory or not path.is_file():
+        if path.parent != directory or not _is_file(path):
             raise ConfigError(f"{directory}: the index names {path.name}, which isn't there", next_step="download it again")
     return shards, index
-
-
-def _header(path: Path, size: int) -> bytes:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER_NBYTES):
-            raise ManifestError(path.name, f"is no safetensors file: a header of {length} bytes in {size}")
-        return stream.read(length)
-
-
-def _tensors(path: Path, header: bytes, file: int, size: int) -> Iterator[Stored]:
-    data = size - 8 - len(header)
-    try:
-        rows = json.loads(header)
-        entries = [
-            (name, row["dtype"], tuple(map(int, row["shape"])), *map(int, row["data_offsets"]))
-            for name, row in rows.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(path.name, f"has a header that can't be read: {error!r}") from error
-    for name, dtype, shape, begin, end in entries:
-        where = f"{path.name}[{name}]"
-        if dtype not in ITEMSIZE:
-            raise ManifestError(f"{where}.dtype", f"{dtype!r} is none of {', '.join(ITEMSIZE)}")
-        if not 0 <= begin <= end <= data:
-            raise ManifestError(f"{where}.data_offsets", f"[{begin}, {end}) lies outside the file's {data} bytes of data")
-        if end - begin != int(np.prod(shape, dtype=np.int64)) * ITEMSIZE[dtype]:
-            raise ManifestError(f"{where}.data_offsets", f"spans {end - begin} bytes, {dtype}{list(shape)} needs others")
-        yield Stored(TensorSpec(name, dtype, shape), file, begin)
