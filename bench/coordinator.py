@@ -1,8 +1,8 @@
 """What the coordinator costs at DeepSeek-V3's size: eight ranks (TP8, EP8) of per-expert tensors, then replicas.
 
 The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks
-every piece. Then what it costs that many ranks wait in a vote: share of one core of a coordinator in a process of its own, ranks in
-four other processes. Ends in one JSON line; seconds unless the name says otherwise.
+every piece. Then what it costs that many ranks wait in a vote: share of one core of a coordinator in a process of its own, ranks
+in four other processes. Ends in one JSON line; seconds unless the name says otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small models in formats that vLLM serves on GPUs only, for tests of layouts, with the configurations and names of published ones."""
+"""Small models in formats that vLLM serves on GPUs only, with the configurations and tensor names of published ones."""
 
 from __future__ import annotations
 
