@@ -49,7 +49,7 @@ class TestNixl(TestLocalMapped):
             yield process
 
     def reader(self) -> Transport:
-        return NixlTransport()
+        return NixlTransport("lo")
 
 
 class TestFaultyWithoutFaults(TestLocalMapped):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from peerload.config import Config
+from peerload.deadline import Deadline
 from peerload.errors import ConfigError, HostError, SourceUnreachable
 from peerload.transport.base import Limits, Region
 from peerload.transport.deferred import Deferred
@@ -17,21 +18,19 @@ from peerload.transport.registry import cma_error, open_transport, open_transpor
 
 OPEN_AND_CLOSE = """
 from peerload.config import Config
+from peerload.deadline import Deadline
 from peerload.transport.registry import open_transports
 for transport in open_transports(Config()).values():
     transport.close()
 """
 
 
-def test_auto_prefers_local_and_always_reads_files() -> None:
+def test_auto_is_local_and_files_are_always_read() -> None:
     opened = open_transports(Config())
-    names = list(opened)
     for name, transport in opened.items():
         assert transport.name == name
         transport.close()
-    assert names[0] == "local"
-    assert names[-1] == "files"
-    assert ("nixl" in names) == probe("nixl").available
+    assert list(opened) == ["local", "files"]
 
 
 def test_one_that_is_asked_for_by_name_is_the_only_one() -> None:
@@ -47,8 +46,7 @@ def test_a_missing_package_is_named_with_its_installation(monkeypatch: pytest.Mo
     assert not probe("nixl").available
     assert "pip install" in probe("nixl").install
     with pytest.raises(HostError, match="nixl_cu12"):
-        open_transport("nixl", Config())
-    assert "nixl" not in open_transports(Config())
+        open_transport("nixl", Config(interface="lo"))
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -89,14 +87,13 @@ def test_a_deferred_transport_that_its_host_refuses_is_closed_and_in_nobodys_way
         made.append(Refusing(threads=1))
         return made[-1]
 
-    deferred = Deferred("nixl", Limits(strided=False, operation_nbytes=1), make)
+    deferred = Deferred("files", Limits(strided=False, operation_nbytes=1), make)
     deferred.register([Region(4096, 1)])
     for _ in range(2):
         with pytest.raises(HostError, match="pinned"):
             deferred.describe()
     assert [t.closed for t in made] == [True]
-    assert not deferred.started
-    deferred.register([Region(8192, 1)])  # the fence of the next seed, or its arena without the memfd: others serve those
+    deferred.register([Region(8192, 1)])
     with pytest.raises(SourceUnreachable, match="pinned"):
-        deferred.connect(b"", "source")
+        deferred.connect(b"", "source", Deadline.after(20))
     deferred.close()
