@@ -67,6 +67,45 @@ def test_opening_transports_prints_nothing_on_standard_output() -> None:
     assert done.stdout == b""
 
 
+LISTENING = """
+import os, sys
+from pathlib import Path
+from peerload.config import Config
+from peerload.transport.registry import open_transports
+for transport in open_transports(Config.load(sys.argv[1])).values():
+    transport.describe()
+mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+for table in ("tcp", "tcp6", "udp", "udp6"):
+    for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+        columns = line.split()
+        if f"socket:[{columns[9]}]" in mine and (table.startswith("udp") or columns[3] == "0A"):
+            print(columns[1].partition(":")[0])
+os._exit(0 if sys.stdout.flush() is None else 1)
+"""
+
+
+def listening(config: str) -> list[str]:
+    """Addresses, as the kernel writes them, on which a process with these transports can be reached through the network."""
+    done = subprocess.run([sys.executable, "-c", LISTENING, config], stdout=subprocess.PIPE, timeout=60, check=True, text=True)
+    return done.stdout.split()
+
+
+def test_nobody_can_reach_a_seed_through_the_network_by_default() -> None:
+    assert listening("{}") == []
+
+
+@pytest.mark.skipif(not probe("nixl").available, reason=probe("nixl").reason)
+def test_nixl_can_be_reached_on_the_named_interface_only() -> None:
+    assert set(listening('{"transport": "nixl", "interface": "lo"}')) == {"0100007F"}
+
+
+def test_nixl_without_an_interface_is_refused_with_the_reason() -> None:
+    for config, problem in ((Config(), "can read and overwrite the weights"), (Config(interface="lo,eth77"), "'eth77'")):
+        with pytest.raises(ConfigError, match=problem) as error:
+            open_transport("nixl", config)
+        assert "lo" in error.value.next_step
+
+
 class Refusing(LocalTransport):
     """A transport whose host lets nobody register memory."""
 

@@ -16,7 +16,10 @@ process wherever the transport can reach one.
 from __future__ import annotations
 
 import abc
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -108,7 +111,11 @@ def runs(src: IntArray, dst: IntArray, nbytes: int) -> Batch:
 
 
 class TransportConformance(abc.ABC):
-    """Tests read from the source's buffer 0 unless they say otherwise; the oracle copies run by run with NumPy."""
+    """Tests read from the source's buffer 0 unless they say otherwise; the oracle copies run by run with NumPy.
+
+    reads_need_the_source: a read stands still while the source's process is stopped."""
+
+    reads_need_the_source = False
 
     @abc.abstractmethod
     def source(self, nbytes: Sequence[int], registration: str) -> AbstractContextManager[Source]:
@@ -339,6 +346,49 @@ class TransportConformance(abc.ABC):
                 batch = strided(scene.source.address[0] + offset, scene.here + 1000 * offset, 1000, [], [], [])
                 scene.reader.read(peer, batch, soon())
                 assert np.array_equal(scene.landed(1000 * offset, 1000), content(0, SIZES[0])[offset : offset + 1000])
+
+    @pytest.mark.parametrize("limit_s", [20.0, 0.7])
+    def test_a_source_that_is_stopped_while_it_is_read_writes_nothing_later(self, limit_s: float) -> None:
+        """Either the read needs nothing of the source's process (its memory is mapped here, or the kernel reads it) and succeeds,
+        or it gives up, for want of progress or at its deadline; then no byte may arrive once the process goes on."""
+        if limit_s < 20 and not self.reads_need_the_source:
+            pytest.skip("the read would succeed")
+        nbytes = 192 << 20
+        reader = self.reader()
+        with self.source([nbytes], "arena") as source, closing(self.destination(nbytes)) as arena, closing(reader):
+            pid = getattr(source, "pid", None)
+            if pid is None:
+                pytest.skip("this source lives in the test's own process")
+            here = arena.allocate(nbytes, 4096)
+            arena.write(here, bytes([UNTOUCHED]) * nbytes)
+            reader.register([arena.region()])
+            peer = reader.connect(source.description, "source", soon())
+            scene, lost = Scene(source, reader, peer, arena, here), list[Exception]()
+            batch, _ = strided(source.address[0], here, nbytes, [], [], []).cut(reader.limits.max_batch_nbytes)
+
+            def read() -> None:
+                try:
+                    for row in range(len(batch)):
+                        reader.read(peer, batch.take(slice(row, row + 1)), Deadline.after(limit_s))
+                except (SourceLost, DeadlineExceeded) as error:
+                    lost.append(error)
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            while thread.is_alive() and (scene.landed(0, 4096) == UNTOUCHED).all():
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                thread.join(60)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            assert not thread.is_alive()
+            before = scene.landed(0, nbytes).copy()
+            time.sleep(1.0)
+            assert np.array_equal(scene.landed(0, nbytes), before), "bytes arrived after the read had given up"
+            assert bool(lost) == self.reads_need_the_source
+            if not lost:
+                assert np.array_equal(before, content(0, nbytes))
 
     @pytest.mark.parametrize("description", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"version":1}'])
     def test_nonsense_is_no_description(self, description: bytes) -> None:
