@@ -35,8 +35,12 @@ class Config:
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
-        "auto", "how bytes move; auto takes the first that both sides offer: for weights on a GPU cuda_ipc (same host), for "
-        "others local (same host) before nixl", ("auto", "local", "nixl", "cuda_ipc"),
+        "auto", "how bytes move; auto: cuda_ipc for weights on a GPU, local for others, both within one host. nixl reaches CPU "
+        "memory of other hosts and needs `interface`", ("auto", "local", "nixl", "cuda_ipc"),
+    )  # fmt: skip
+    interface: str = _setting(
+        "", "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
+        "reach it there can read and overwrite the weights in this process's memory: name one that only trusted machines reach",
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "

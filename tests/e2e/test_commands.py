@@ -235,6 +235,13 @@ def test_doctor_says_what_works_and_what_to_do_next(world: World) -> None:
     assert findings["cores"]["facts"]["cores"] == len(os.sched_getaffinity(0))
     assert findings[f"coordinator {world.url}"]["facts"]["holdings"] == 2
     assert {"transport local", "transport nixl", "memfd", "ptrace", "GPUs", "locked memory"} <= findings.keys()
+    assert findings["open doors"]["text"].startswith("none to other hosts")
+
+
+def test_doctor_says_who_can_reach_the_weights() -> None:
+    outcome = peerload("doctor", "--fast", "--config", '{"transport": "nixl", "interface": "lo"}', "--json")
+    (door,) = (f for f in outcome.document["findings"] if f["what"] == "open doors")
+    assert "every process that reaches lo can read and overwrite" in door["text"]
 
 
 def test_doctor_survives_a_coordinator_that_is_not_there() -> None:

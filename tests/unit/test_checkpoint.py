@@ -75,7 +75,7 @@ def test_every_tensor_is_read_through_the_offer_as_safetensors_reads_it(director
         memory = np.zeros(int(nbytes.sum()), np.uint8)
         begin = np.cumsum(nbytes) - nbytes
         transport.register([Region(memory.ctypes.data, memory.nbytes)])
-        peer = transport.connect(offer.binding.endpoints[0].description, "disk")
+        peer = transport.connect(offer.binding.endpoints[0].description, "disk", Deadline.after(20))
         source = offer.binding.address[pieces.buffer] + pieces.offset
         transport.read(peer, Batch.of_runs(source, memory.ctypes.data + begin, nbytes), Deadline.after(10))
     for i in range(len(pieces)):

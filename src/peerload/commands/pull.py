@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where to write rank-RRRRR-of-NNNNN.safetensors")
     add_parallel(parser)
     add_config(
-        parser, "url", "revision", "transport", "registration", "match", "verify", "wait_s", "deadline_s", "staging_bytes",
-        "threads",
+        parser, "url", "revision", "transport", "interface", "registration", "match", "verify", "wait_s", "deadline_s",
+        "staging_bytes", "threads",
     )  # fmt: skip
 
 
