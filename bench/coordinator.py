@@ -1,8 +1,8 @@
 """What the coordinator costs at DeepSeek-V3's size: eight ranks (TP8, EP8) of per-expert tensors, then replicas.
 
 The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks every
-piece. Then what it costs that many ranks wait in a vote: share of one core of a coordinator in a process of its own, ranks in four
-other processes. Ends in one JSON line; seconds unless the name says otherwise.
+piece. Then what it costs that many ranks wait in a vote, as a share of one core: a coordinator in a process of its own, ranks in
+four others. Ends in one JSON line; seconds unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,10 +78,8 @@ def wait_in_votes(url: str, first: int, ranks: int) -> None:
     """A process of ranks that each wait for one that doesn't come."""
 
     def wait(client: CoordinatorClient, rank: int) -> None:
-        try:
+        with suppress(PeerloadError):  # the coordinator has ended
             client.agree(f"group {rank}", 0, 0, 2, bytes(20_000), Deadline.after(600))
-        except PeerloadError:
-            pass  # the coordinator has ended
 
     with ExitStack() as stack:
         clients = [stack.enter_context(CoordinatorClient(url)) for _ in range(ranks)]
@@ -108,7 +106,7 @@ def waiting(ranks: int) -> dict[str, object]:
 
         coordinator, url = started("-c", COORDINATOR)
         for part in range(4):
-            started("-m", "peerload.bench.coordinator", url, str(part * ranks // 4), str(ranks // 4))
+            started(__file__, url, str(part * ranks // 4), str(ranks // 4))
         client = stack.enter_context(CoordinatorClient(url))
         while len(client.status().open_rounds) < ranks:
             time.sleep(0.5)
