@@ -1,8 +1,8 @@
 """What the coordinator costs at DeepSeek-V3's size: eight ranks (TP8, EP8) of per-expert tensors, then replicas.
 
-The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks
-every piece. Then what it costs that many ranks wait in a vote: share of one core of a coordinator in a process of its own, ranks
-in four other processes. Ends in one JSON line; seconds unless the name says otherwise.
+The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks every
+piece. Then what it costs that many ranks wait in a vote, as a share of one core: a coordinator in a process of its own, ranks in
+four others. Ends in one JSON line; seconds unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def waiting(ranks: int) -> dict[str, object]:
 
         coordinator, url = started("-c", COORDINATOR)
         for part in range(4):
-            started("-m", "peerload.bench.coordinator", url, str(part * ranks // 4), str(ranks // 4))
+            started(__file__, url, str(part * ranks // 4), str(ranks // 4))
         client = stack.enter_context(CoordinatorClient(url))
         while len(client.status().open_rounds) < ranks:
             time.sleep(0.5)
