@@ -190,7 +190,9 @@ def _transports() -> list[Finding]:
 def _doors(config: Config) -> Iterator[Finding]:
     """Who can reach the weights of an instance with this configuration."""
     if config.transport == "nixl":
-        text = f"transport nixl: every process that reaches {config.interface or '(no interface named)'} can read and overwrite them"
+        text = (
+            f"transport nixl: every process that reaches {config.interface or '(no interface named)'} can read and overwrite them"
+        )
         yield Finding("open doors", "note", text, "name an interface that only trusted machines reach, or set transport to auto")
     else:
         text = f"none to other hosts (transport {config.transport}); processes of the same user on this host can read them"
