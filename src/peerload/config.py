@@ -40,7 +40,8 @@ class Config:
     )  # fmt: skip
     interface: str = _setting(
         "", "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
-        "reach it there can read and overwrite the weights in this process's memory: name one that only trusted machines reach",
+        "reach it there can read and overwrite the weights in this process's memory, and whoever announces a seed can end the "
+        "processes that read it: name one that only trusted machines reach",
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
