@@ -163,6 +163,10 @@ def test_other_kinds_of_models(
             assert target.sha256() == stock.sha256()
             if "runner" not in ARGUMENTS[kind]:
                 assert target.tokens() == stock.tokens()
+        with CoordinatorClient(coordinator.address) as client:
+            assert len(client.status().holdings) == 1
+            assert [seed.withdraw(), seed.withdraw()] == [[True], [False]]
+            assert not client.status().holdings
     record_property("cell", {"engine": "vllm", "family": kind, "seed_tp": 1, "tp": 2})
 
 
