@@ -31,7 +31,7 @@ class Config:
     """Every setting there is. `docs/config.md` is generated from this class."""
 
     url: str = _setting("127.0.0.1:7070", "coordinator, HOST:PORT")
-    model_name: str = _setting("", "name of the model at the coordinator; empty: the checkpoint directory's name")
+    model_name: str = _setting("", "name of the model at the coordinator; empty: the Hub's name, or the directory's")
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
