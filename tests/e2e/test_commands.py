@@ -23,6 +23,7 @@ pytest.importorskip("transformers")
 
 from safetensors import safe_open  # noqa: E402
 
+from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
 from peerload.manifest import ModelKey, SourceId  # noqa: E402
@@ -174,6 +175,8 @@ def test_every_help_teaches() -> None:
         assert "exit status: 0 done; 2 bad arguments" in outcome.out
     top = peerload("--help")
     assert top.status == 0
+    assert "--load-format peerload" in top.out
+    assert "docs/config.md" in top.out
     assert {line.split()[0] for line in top.out.splitlines() if line.startswith("    ") and line.strip()} >= COMMANDS.keys()
 
 
@@ -264,7 +267,7 @@ def test_bench_ends_in_the_benchmark_s_own_document() -> None:
     refused = peerload("bench", "--json", "plan", "--", "--runs", "many")
     assert refused.status == refused.document["exit_code"] == 2
     listed = peerload("bench", "--json").document["benchmarks"]
-    files = {p.stem for p in (Path(__file__).parents[2] / "bench").glob("*.py")} - {"__init__"}
+    files = {p.stem for p in Path(next(iter(bench.__path__))).glob("*.py")} - {"__init__"}
     assert files == set(listed)
 
 
