@@ -26,7 +26,7 @@ from safetensors import safe_open  # noqa: E402
 from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
-from peerload.manifest import ModelKey, SourceId  # noqa: E402
+from peerload.manifest import Endpoint, ModelKey, SourceId  # noqa: E402
 from peerload.rpc.client import CoordinatorClient, Lease  # noqa: E402
 from peerload.testing.checkpoints import make_checkpoint  # noqa: E402
 
@@ -301,6 +301,23 @@ def test_ls_tells_who_holds_what(world: World, checkpoint: Path) -> None:
     assert sum(r["bytes"] for r in rows) == world.seed["bytes"] == held
     people = peerload("ls", "--url", world.url)
     assert people.out.count(world.seed["instance"]) == 2
+
+
+def test_ls_shows_a_peer_s_words_as_text(world: World) -> None:
+    with CoordinatorClient(world.url) as client:
+        name, _, revision = world.seed["model"].partition("@")
+        offer, model = client.discover(ModelKey(name, revision))[0], ModelKey("evil [bold]x[/bold] [/nope]")
+        binding = replace(
+            offer.binding, source=SourceId("evil", 0, "0" * 32), attributes={"a\x1b[8m": "\x1b]0;owned\x07"},
+            endpoints=(Endpoint("\x1b[2J\r\nnet", b""),),
+        )  # fmt: skip
+        lease = client.announce(replace(offer, binding=binding), model)
+        outcomes = [peerload("ls", "--url", world.url), peerload("ls", "--url", world.url, "--json")]
+        client.withdraw(lease)
+    for outcome in outcomes:
+        assert outcome.status == 0
+        assert not set("\x1b\r\x07") & set(outcome.out + outcome.err)
+    assert "evil [bold]x[/bold] [/nope]" in outcomes[0].out
 
 
 @pytest.mark.parametrize("tp", [3, 1])
