@@ -358,9 +358,7 @@ def test_what_was_read_before_and_after_a_change_is_told_apart() -> None:
     assert skewed(a, b, a, SourceId.new("b", 0, 4)) == set()
     assert skewed(a, b, SourceId.new("a", 1, 3)) == {"a"}  # restarted
     assert skewed(a, SourceId.new("a", 0, 4), SourceId.new("b", 1, 4)) == {"a"}
-    assert skewed(a, SourceId.new("a", 1, 4), SourceId.new("b", 0, 3)) == {
-        "a"
-    }  # one before a change, one after it
+    assert skewed(a, SourceId.new("a", 1, 4), SourceId.new("b", 0, 3)) == {"a"}  # one before a change, one after it
     assert skewed(SourceId("disk", 0, ""), SourceId("disk", 0, "")) == set()
     assert [s.changes for s in (SourceId.new("a", 0, 5), SourceId("a", 0, "x" * 32), SourceId("a", 0, "1"))] == [5, 0, 0]
 
