@@ -104,7 +104,7 @@ def between(there: str, nbytes: int, rounds: int) -> dict[str, float]:
         transport = stack.enter_context(closing(CudaIpcTransport(GPU)))
         transport.register([here.region()])
         began = time.perf_counter()
-        peer = transport.connect(source.description, "source")
+        peer = transport.connect(source.description, "source", Deadline.after(20))
         found["connect, ms"] = 1e3 * (time.perf_counter() - began)
         shift = int(transport._peers[peer].shift[0])
         found["driver's copy, two processes"] = nbytes / timed(lambda: raw(source.address[0] + shift), rounds) / 1e9

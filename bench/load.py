@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed-tp", type=int, default=2)
     parser.add_argument("--target-tp", type=int, default=4)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--interface", default="", help="for transport nixl")
     parser.add_argument("--no-attach", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--cold", action="store_true", help="the engine's load finds nothing in the page cache")
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = memcpy_gb_per_s()
         console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
         config = Config(
-            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport,
+            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport, interface=args.interface,
             verify="off" if args.no_verify else "on", attach=not args.no_attach,
         )  # fmt: skip
         spec = RankSpec(

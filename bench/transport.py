@@ -135,11 +135,11 @@ class Side:
 
 def open_side(stack: ExitStack, arena: Arena, here: int, nbytes: int, kind: str, memory: str) -> Side:
     source = stack.enter_context(SourceProcess(kind, [nbytes], memory=memory, random=False))
-    transport = open_transport(kind, Config(threads=2))
+    transport = open_transport(kind, Config(threads=2, interface="lo"))
     stack.callback(transport.close)
     transport.register([arena.region()])
     first = source.address[0]
-    return Side(transport, transport.connect(source.description, kind), first, shapes(first, here, nbytes))
+    return Side(transport, transport.connect(source.description, kind, Deadline.after(20)), first, shapes(first, here, nbytes))
 
 
 def one_round(

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from .console import Console
-from .errors import ConfigError, PeerloadError
+from .console import Console, indented
+from .errors import ConfigError, PeerloadError, printable
 
 #: Name, one line of help; each has a module in `commands/` with `configure(parser)` and `run(args, console)`.
 COMMANDS = {
@@ -48,6 +48,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _Formatter(logging.Formatter):
+    """What peers say is logged too: no control characters, and no line that looks like a record of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return indented(printable(super().format(record)))
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; only the chosen command's module is imported."""
     parser = _Parser(
@@ -55,6 +62,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"peerload {version('peerload')}")
+    _add_common(parser, default=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = _module(name) if name == chosen else None
@@ -64,9 +72,13 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         )  # fmt: skip
         if module is not None:
             module.configure(command)
-        command.add_argument("--json", action="store_true", help="print exactly one JSON document on standard output")
-        command.add_argument("--verbose", "-v", action="store_true", help="log what happens, to standard error")
+        _add_common(command, default=argparse.SUPPRESS)  # what stands before the command counts too
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument("--json", action="store_true", default=default, help="print exactly one JSON document on standard output")
+    parser.add_argument("--verbose", "-v", action="store_true", default=default, help="log what happens, to standard error")
 
 
 def _module(name: str) -> ModuleType:
@@ -82,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_of = f"peerload {chosen} --help" if chosen in COMMANDS else "peerload --help"
         Console(json="--json" in words).fail(ConfigError(error.message, next_step=help_of))
         return error.exit_code
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
     signal.signal(signal.SIGTERM, _on_sigterm)
     console = Console(json=args.json)
     try:

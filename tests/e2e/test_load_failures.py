@@ -24,7 +24,7 @@ MEMORIES = ["arena", "plain", pytest.param("nixl", marks=needs_nixl)]
 
 def of_memory(memory: str) -> dict[str, object]:
     if memory == "nixl":
-        return {"config": CONFIG.replace(transport="nixl")}
+        return {"config": CONFIG.replace(transport="nixl", interface="lo")}
     return {"memory": memory, "config": CONFIG}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import coordinator_process
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peerload.config import Config
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
-from peerload.errors import CommitError, ConfigError, CoordinatorError, LayoutError, PlanError
-from peerload.manifest import Parallel
+from peerload.errors import CommitError, ConfigError, CoordinatorError, LayoutError, PlanError, VerifyError
+from peerload.manifest import ModelKey, Parallel
 from peerload.receipt import Receipt
+from peerload.rpc.client import CoordinatorClient
 
 HIDDEN, INTER = 64, 96
 
@@ -78,10 +80,14 @@ class Toy(nn.Module):
 
 
 class Instance:
-    """All ranks of an instance, in this process."""
+    """All ranks of an instance, in this process. finish: as of `Worker`; known_as: what the engine calls the model."""
 
-    def __init__(self, name: str, tp: int, checkpoint: Path, config: Config, launch: Launch | None = None) -> None:
+    def __init__(
+        self, name: str, tp: int, checkpoint: Path, config: Config, launch: Launch | None = None, *,
+        finish: Callable[[nn.Module], object] | None = None, known_as: str = "",
+    ) -> None:  # fmt: skip
         self.name, self.tp, self.checkpoint, self.config = name, tp, checkpoint, config
+        self.finish, self.known_as = finish, known_as
         self.models = [Toy(tp, rank) for rank in range(tp)]
         self.launch = launch or Launch(name, uuid.uuid4().hex)
         self.workers = [self._worker(rank) for rank in range(tp)]
@@ -91,12 +97,28 @@ class Instance:
         return Worker(
             who, self.config, self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
+            finish=self.finish, known_as=self.known_as,
         )  # fmt: skip
 
     def load(self) -> list[Receipt]:
         with ThreadPoolExecutor(self.tp) as pool:
             futures = [pool.submit(w.load, m) for w, m in zip(self.workers, self.models, strict=True)]
             return [f.result() for f in futures]
+
+    def failures(self) -> list[BaseException | None]:
+        """[ranks], what each raises when all load at once."""
+        with ThreadPoolExecutor(self.tp) as pool:
+            return [f.exception() for f in [pool.submit(w.load, m) for w, m in zip(self.workers, self.models, strict=True)]]
+
+    def falls_back(self) -> list[str]:
+        """As an engine does: each rank's load fails with NotFollowed, whose reason is returned, and its model is built anew and
+        loaded by the engine itself."""
+        failures = self.failures()
+        assert [type(f) for f in failures] == [NotFollowed] * self.tp, failures
+        self.models = [Toy(self.tp, rank) for rank in range(self.tp)]
+        for model in self.models:
+            model.load_weights(load_file(self.checkpoint / "model.safetensors").items())
+        return [str(f) for f in failures]
 
     def serve(self) -> None:
         for worker, model in zip(self.workers, self.models, strict=True):
@@ -113,8 +135,6 @@ class Instance:
 
 def expected(checkpoint: Path, tp: int) -> list[dict[str, Tensor]]:
     """What the engine's own loader makes of the checkpoint, by rank."""
-    from safetensors.torch import load_file
-
     stock = [Toy(tp, rank) for rank in range(tp)]
     for model in stock:
         model.load_weights(load_file(checkpoint / "model.safetensors").items())
@@ -220,11 +240,10 @@ def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoi
 def test_if_one_rank_cannot_be_followed_none_goes_on(url: str, checkpoint: Path) -> None:
     with Instance("target", 2, checkpoint, configured(url, model_name="toy-apart")) as target:
         target.models[1] = Odd(2, 1)
-        with ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(w.load, m) for w, m in zip(target.workers, target.models, strict=True)]
-        for future in futures:
-            assert isinstance(future.exception(), NotFollowed)
-            assert "rank 1: " in str(future.exception())
+        reasons = target.falls_back()
+        assert "rank 1 aborted: " in reasons[0]
+        assert all("scale" in reason and "\n" not in reason for reason in reasons)
+        assert_loaded(target)
 
 
 def test_a_complete_replica_without_a_coordinator_serves_all_the_same(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,14 +257,177 @@ def test_a_complete_replica_without_a_coordinator_serves_all_the_same(checkpoint
         assert "is no seed" in caplog.text
 
 
+class Failure(Exception):
+    """An error that is none of peerload's."""
+
+
+class Broken(Toy):
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        raise Failure("out of luck")
+
+
+class Offloaded(Toy):
+    """Its parameters lie on two devices."""
+
+    def __init__(self, tp: int, rank: int) -> None:
+        super().__init__(tp, rank)
+        self.scale = nn.Parameter(self.scale.to("meta"), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [(Odd, LayoutError, "scale"), (Broken, Failure, "out of luck"), (Offloaded, LayoutError, "parameters lie on cpu, meta")],
+)
+def test_a_rank_that_fails_before_the_load_tells_the_others_at_once(
+    url: str, checkpoint: Path, kind: type[Toy], error: type[Exception], words: str
+) -> None:
+    """Whatever it is, and whether or not they may load from disk."""
+    for fallback in ("fail", "disk"):
+        config = configured(url, model_name="toy-begin", fallback=fallback, deadline_s=600.0)
+        with Instance("target", 2, checkpoint, config) as target:
+            target.models[1] = kind(2, 1)
+            begun_s = time.monotonic()
+            if fallback == "disk":
+                assert all(words in reason for reason in target.falls_back())
+                assert_loaded(target)
+            else:
+                first, second = target.failures()
+                assert type(first) is CommitError
+                assert "rank 1 aborted: " in str(first)
+                assert words in str(first)
+                assert type(second) is error
+            assert time.monotonic() - begun_s < 60
+
+
 def test_a_rank_that_cannot_open_its_memory_tells_the_others_at_once(url: str, checkpoint: Path) -> None:
     """One region for all is asked for, and there are five allocations."""
-    with Instance("target", 2, checkpoint, configured(url, model_name="toy-arena")) as target:
+    with Instance("target", 2, checkpoint, configured(url, model_name="toy-arena", fallback="fail", deadline_s=600.0)) as target:
         target.workers[1]._config = target.config.replace(registration="arena")
         begun_s = time.monotonic()
-        with ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(w.load, m) for w, m in zip(target.workers, target.models, strict=True)]
-        assert isinstance(futures[1].exception(), ConfigError)
-        assert isinstance(futures[0].exception(), CommitError)
-        assert "5 allocations" in str(futures[0].exception())
-        assert time.monotonic() - begun_s < target.config.deadline_s / 2
+        first, second = target.failures()
+        assert isinstance(second, ConfigError)
+        assert isinstance(first, CommitError)
+        assert "5 allocations" in str(first)
+        assert time.monotonic() - begun_s < 60
+
+
+def test_a_rank_that_fails_at_the_engines_last_step_stops_all(url: str, checkpoint: Path) -> None:
+    """Before anybody has committed; the bytes have arrived, and what the engine makes of them has not."""
+
+    def finish(model: nn.Module) -> None:
+        assert not torch.isnan(model.up).any()
+        assert not torch.isnan(model.decay).any(), "what no seed has is there too"
+        if model.rank == 1:
+            raise Failure("can't absorb")
+
+    for fallback in ("fail", "disk"):
+        config = configured(url, model_name="toy-finish", fallback=fallback)
+        with Instance("seed", 2, checkpoint, config.replace(fallback="disk")) as seed:
+            seed.load()
+            seed.serve()
+            with Instance("target", 2, checkpoint, config, finish=finish) as target:
+                if fallback == "disk":
+                    assert all("can't absorb" in reason for reason in target.falls_back())
+                    assert_loaded(target)
+                else:
+                    first, second = target.failures()
+                    assert type(first) is CommitError
+                    assert type(second) is Failure
+
+
+def test_what_an_engine_makes_from_disk_is_made_before_anybody_commits(url: str, checkpoint: Path) -> None:
+    """At another TP no seed has `decay`. Here a rank can't make it."""
+    config = configured(url, model_name="toy-derive")
+    with Instance("seed", 1, checkpoint, config) as seed, Instance("target", 2, checkpoint, config) as target:
+        seed.load()
+        seed.serve()
+
+        class Once(Toy):
+            def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+                Once.load_weights = fails  # type: ignore[method-assign]
+                return Toy.load_weights(self, weights)
+
+        def fails(self: Once, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            raise Failure(f"can't make {[name for name, _ in weights]}")
+
+        target.models[1] = Once(2, 1)
+        assert all("can't make ['decay']" in reason for reason in target.falls_back())
+        assert_loaded(target)
+
+
+def test_when_the_coordinator_is_lost_after_the_launch_all_ranks_load_from_disk(checkpoint: Path) -> None:
+    """At its beginning, and while it waits for seeds."""
+    for when in ("begin", "wait"):
+        with coordinator_process() as (running, address):
+            config = configured(address, model_name="toy-lost", deadline_s=3.0, wait_s=3.0)
+            with Instance("target", 2, checkpoint, config, Launch.now(config)) as target, ThreadPoolExecutor(1) as pool:
+                if when == "begin":
+                    running.kill()
+                    running.wait()
+                loading = pool.submit(target.falls_back)
+                if when == "wait":
+                    time.sleep(1)
+                    running.kill()
+                for reason in loading.result():
+                    assert address in reason
+                assert_loaded(target)
+
+
+def test_when_seeds_contradict_each_other_all_ranks_load_from_disk(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Two seeds of one name and revision, and one of them lies: nobody can tell which."""
+    config = configured(url, model_name="toy-lie", revision="1")
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["up.weight"][3, 5] += 1
+    save_file(tensors, other / "model.safetensors")
+    with ExitStack() as stack:
+        seeds = [stack.enter_context(Instance(n, 2, d, config)) for n, d in (("honest", checkpoint), ("liar", other))]
+        for seed in seeds:  # both from disk, before either is announced
+            seed.load()
+        for seed in seeds:
+            seed.serve()
+        target = stack.enter_context(Instance("target", 4, checkpoint, config))
+        assert all("up.weight" in reason for reason in target.falls_back())
+        assert_loaded(target)
+        with pytest.raises(VerifyError, match=r"up\.weight"):
+            stack.enter_context(Instance("strict", 2, checkpoint, config.replace(fallback="fail"))).load()
+
+
+def test_when_time_is_up_all_ranks_load_from_disk(url: str, checkpoint: Path) -> None:
+    """Rank 1 is late. Rank 0 doesn't wait for ever, and names it; rank 1 goes the same way when it comes."""
+    with Instance("target", 2, checkpoint, configured(url, model_name="toy-late", deadline_s=1.0)) as target:
+        with pytest.raises(NotFollowed, match="rank 1 of 2 did not vote in time"):
+            target.workers[0].load(target.models[0])
+        with pytest.raises(NotFollowed, match="rank 0"):
+            target.workers[1].load(target.models[1])
+
+
+def test_replicas_of_one_model_meet_whatever_they_are_started_with(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    """A snapshot of the Hub, its name, a link to it, a copy in a directory of another name."""
+    snapshot = tmp_path / "hub" / "models--org--toy-names" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(checkpoint, snapshot)
+    tensors = load_file(snapshot / "model.safetensors")
+    save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1}, snapshot / "model.safetensors")  # a model of its own
+    link, copy = tmp_path / "link", tmp_path / "copy"
+    link.symlink_to(snapshot)
+    shutil.copytree(snapshot, copy)
+    config = configured(url)
+    with Instance("seed", 1, snapshot, config, known_as=str(snapshot)) as seed, CoordinatorClient(url) as client:
+        seed.load()
+        seed.serve()
+        assert "org/toy-names" in {h.model.name for h in client.status().holdings}
+        for directory, known_as in ((snapshot, "org/toy-names"), (link, str(link)), (copy, str(copy))):
+            with Instance("target", 2, directory, config, Launch.now(config), known_as=known_as) as target:
+                assert sources(target.load()) == {"seed"}, directory
+                assert_loaded(target)
+        with Instance("other", 1, copy, config.replace(model_name="mine"), Launch.now(config)) as other:
+            assert sources(other.load()) == {"disk:copy"}, "a configured name keeps models apart"
+
+
+def test_rank_0_tells_all_ranks_what_is_on_offer(url: str, checkpoint: Path) -> None:
+    config = configured(url, model_name="toy-offered", revision="1")
+    with Instance("seed", 1, checkpoint, config) as seed:
+        seed.load()
+        seed.serve()
+        assert ModelKey("toy-offered", "1") in Launch.now(config).offered

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..digest import DigestArray
+from ..errors import LayoutError
 from ..geometry import IntArray
 from ..layout.loader import Traced
 from ..layout.reachable import reachable_tensors
@@ -109,10 +110,13 @@ class Loaded:
 
 
 def device_of(tensors: list[Tensor]) -> str:
-    """The one device of some tensors, as `Region` names it; "cpu" for none at all. Raises ValueError for several."""
+    """The one device of some tensors, as `Region` names it; "cpu" for none at all. Raises LayoutError for several."""
     devices = {str(t.device) for t in tensors} or {"cpu"}
     if len(devices) > 1:
-        raise ValueError(f"parameters lie on {', '.join(sorted(devices))}")
+        raise LayoutError(
+            f"parameters lie on {', '.join(sorted(devices))}, and a rank is loaded on one device",
+            next_step="don't offload weights, or let the engine load this model itself",
+        )
     return devices.pop()
 
 

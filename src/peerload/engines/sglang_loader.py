@@ -35,15 +35,17 @@ class Loader(DefaultModelLoader):
         told = load_config.model_loader_extra_config or {}
         self._config = Config.from_mapping(told) if told else Config.load()
         super().__init__(dataclasses.replace(load_config, load_format=LoadFormat.AUTO, model_loader_extra_config={}))
-        self._loading: ModelConfig | None = None
+        self._loading: tuple[ModelConfig, Identity] | None = None
         self._worker: Worker | None = None
 
     def load_model(self, *, model_config: ModelConfig, device_config: DeviceConfig) -> nn.Module:
         """Build, load, post-process, then serve others until `close`. A draft model comes from disk: it is small, and no part
         of what the instance is known by."""
         if not model_config.is_draft_model:
-            self._loading = model_config
+            who = identity(self._config)
             try:
+                who.launch.require_coordinator(self._config)
+                self._loading = model_config, who
                 return super().load_model(model_config=model_config, device_config=device_config)
             except NotFollowed as error:
                 reason = error.message  # the error holds on to the model
@@ -66,9 +68,10 @@ class Loader(DefaultModelLoader):
                 raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")
             self.load_weights_only(model, weights, target_device)
 
+        config, who = self._loading
         worker = Worker(
-            identity(self._config), self._config, self._directory(self._loading), load_weights=load_weights,
-            finish=finishing(model),
+            who, self._config, self._directory(config), load_weights=load_weights, finish=finishing(model),
+            known_as=config.model_path,
         )  # fmt: skip
         worker.load(model)
         self.postprocess_weights(model, target_device)

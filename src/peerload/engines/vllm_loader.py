@@ -25,6 +25,9 @@ from .worker import Identity, Launch, NotFollowed, Worker
 
 log = logging.getLogger(__name__)
 
+#: vLLM's weight transfers that hand what they receive to the model's `load_weights`; the others write into parameters.
+_TELLING = ("nccl", "ipc")
+
 
 class PeerloadLoader(BaseModelLoader):
     """One for each model that a vLLM worker loads (a draft model has its own)."""
@@ -36,7 +39,7 @@ class PeerloadLoader(BaseModelLoader):
             raise ConfigError(f"model_loader_extra_config is a {type(told).__name__}, must be one JSON object")
         self._config = Config.from_mapping(told) if told else Config.load()
         self._disk = DefaultModelLoader(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
-        self._whole: VllmConfig | None = None
+        self._identity: Identity | None = None
         self._worker: Worker | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -51,19 +54,19 @@ class PeerloadLoader(BaseModelLoader):
         disk: it is small, and not every rank has it."""
         if model_config is not vllm_config.model_config or getattr(model_config, "runner", "") == "draft":
             return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        self._whole = vllm_config
         registry = vllm_config.compilation_config
         layers, moe = registry.static_forward_context, registry.static_all_moe_layers
         before = dict(layers), list(moe)
         try:
+            self._identity = identity(vllm_config, self._config)
+            self._identity.launch.require_coordinator(self._config)
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         except NotFollowed as error:
             reason = error.message  # the error holds on to the model
         else:
             assert self._worker is not None, "load_model calls load_weights"
-            moving = [word for word in ("enable_eplb", "enable_sleep_mode") if _asked_for(vllm_config, word)]
-            if moving:
-                log.warning("peerload: no seed: vLLM moves weights about under %s", moving[0])
+            if moving := _moving(vllm_config):
+                log.warning("peerload: no seed: vLLM moves weights about under %s", moving)
             elif self._worker.serve(model):
                 _end_when_changed(model, self._worker)
             return model
@@ -76,7 +79,7 @@ class PeerloadLoader(BaseModelLoader):
         return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        if self._whole is None:  # vLLM loads new weights into a model that is there
+        if self._identity is None:  # vLLM loads new weights into a model that is there
             self._disk.load_weights(model, model_config)
             return
         traced = False
@@ -84,7 +87,7 @@ class PeerloadLoader(BaseModelLoader):
         def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
             nonlocal traced
             if not traced:
-                _refuse_unfollowable(model)
+                refuse_unfollowable(model)
             loaded = model.load_weights(weights)
             if not traced and model_config.quantization is None and loaded is not None:
                 self._disk.track_weights_loading(model, loaded)  # vLLM's own check that no parameter was forgotten
@@ -92,10 +95,11 @@ class PeerloadLoader(BaseModelLoader):
             return loaded
 
         self._worker = Worker(
-            identity(self._whole, self._config),
+            self._identity,
             self._config,
             self._directory(model_config),
             load_weights=load_weights,
+            known_as=model_config.model,
         )
         atexit.register(self._worker.close)
         self._worker.load(model)
@@ -119,24 +123,35 @@ def identity(whole: VllmConfig, config: Config) -> Identity:
     return Identity(f"vllm {vllm.__version__}", launch, parallel, group.rank_in_group, group.world_size)
 
 
-def _asked_for(whole: VllmConfig, word: str) -> bool:
-    return any(getattr(part, word, False) for part in (whole.parallel_config, whole.model_config))
+def _moving(whole: VllmConfig) -> str:
+    """The option under which vLLM writes into parameters, or moves them, and no call tells of it; "" if there is none."""
+    for part in (whole.parallel_config, whole.model_config):
+        for word in ("enable_eplb", "enable_sleep_mode"):
+            if getattr(part, word, False):
+                return word
+    transfer = getattr(getattr(whole, "weight_transfer_config", None), "backend", "")
+    return f"weight transfer over {transfer}" if transfer and transfer not in _TELLING else ""
 
 
 def _end_when_changed(model: nn.Module, worker: Worker) -> None:
-    """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first."""
+    """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first.
+    Who writes into parameters in another way calls `vllm_plugin.withdraw`."""
     load_weights = model.load_weights
 
-    def changed(*args: object, **kwargs: object) -> object:
+    def withdraw() -> None:
         log.info("peerload: the weights are about to change: this rank is no seed any more")
         worker.close()
         model.load_weights = load_weights
+        del model.peerload_withdraw
+
+    def changed(*args: object, **kwargs: object) -> object:
+        withdraw()
         return load_weights(*args, **kwargs)
 
-    model.load_weights = changed
+    model.load_weights, model.peerload_withdraw = changed, withdraw
 
 
-def _refuse_unfollowable(model: nn.Module) -> None:
+def refuse_unfollowable(model: nn.Module) -> None:
     """Raise LayoutError for what vLLM makes while loading in a way that no trace sees."""
     if any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules()):
         raise LayoutError(f"{type(model).__name__}: it is quantized while it is loaded, its weights aren't the checkpoint's")

@@ -13,8 +13,26 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+
+def withdraw(model: nn.Module) -> bool:
+    """Offer the weights of `model` no more, if this process does. Call it on every rank before anything but `load_weights` writes
+    into parameters of a running model. False if there was no seed."""
+    end = getattr(model, "peerload_withdraw", None)
+    if end is not None:
+        end()
+    return end is not None
+
+
+class Extension:
+    """For `--worker-extension-cls peerload.engines.vllm_plugin.Extension`, or as a base class of your own extension: then
+    `collective_rpc("peerload_withdraw")` ends the seeds of all ranks."""
+
+    def peerload_withdraw(self) -> bool:
+        return withdraw(self.model_runner.model)  # type: ignore[attr-defined]
 
 
 @cache

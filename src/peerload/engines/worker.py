@@ -13,10 +13,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 from safetensors import safe_open
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..deadline import Deadline
-from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, ManifestError, PeerloadError
+from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError
 from ..layout.coverage import require_covered
 from ..layout.loader import Traced, trace_loader
 from ..load import Job, Member, load
@@ -33,6 +33,7 @@ from ..memory import placed, regions_for
 from ..receipt import Receipt, readable
 from ..rpc.client import CoordinatorClient
 from ..seed import Seed
+from ..space import space_on
 from ..transport.base import Region
 from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
@@ -40,31 +41,44 @@ from .loaded import Loaded, device_of
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: Seconds between two lines of progress.
 PROGRESS_S = 2.0
+#: Characters of the line that says why an engine loads from disk.
+_REASON = 1000
 
 
-class NotFollowed(LayoutError):
-    """This model can't come from peers; its engine may build it anew and load it from disk. All ranks raise it or none."""
+class NotFollowed(PeerloadError):
+    """This load from peers has failed, and `fallback` is "disk": the engine builds its model anew and loads it itself. All ranks
+    of an instance raise it, or none."""
 
 
 class Launch(NamedTuple):
     """What rank 0 tells all ranks, so that they do the same. `number` is that of one life of the instance, and new in the next;
-    `alone` says why the instance has to do without a coordinator, if it has."""
+    `alone` says why the instance has to do without a coordinator, if it has; `offered`: the models that seeds hold."""
 
     instance: str
     number: str
     alone: str = ""
+    offered: tuple[ModelKey, ...] = ()
 
     @classmethod
     def now(cls, config: Config) -> Self:
-        number, alone = uuid.uuid4().hex, ""
+        number, alone, offered = uuid.uuid4().hex, "", set[ModelKey]()
         try:
             with CoordinatorClient(config.url) as client:
-                client.status()
-        except (CoordinatorError, DeadlineExceeded) as error:
+                offered = {holding.model for holding in client.status().holdings}
+        except PeerloadError as error:  # whichever it is, all ranks wait to hear of it
             alone = error.message
-        return cls(f"{socket.gethostname()}-{number[:8]}", number, alone)
+        return cls(f"{socket.gethostname()}-{number[:8]}", number, alone, tuple(sorted(offered)))
+
+    def require_coordinator(self, config: Config) -> None:
+        """Raises on all ranks alike when there is none: NotFollowed, or CoordinatorError if `config` forbids the disk. For
+        engines to call before they build a model."""
+        if self.alone:
+            kind = NotFollowed if config.fallback == "disk" else CoordinatorError
+            raise kind(self.alone, next_step="start it, or give its url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +99,9 @@ class Identity:
 class Worker:
     """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
 
-    directory: the checkpoint. load_weights: the model's own loader, as the engine calls it. finish: what the engine computes
-    out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there; None if it has
-    no such step."""
+    directory: the checkpoint. known_as: what the engine calls the model, a name or a path. load_weights: the model's own loader,
+    as the engine calls it. finish: what the engine computes out of loaded parameters while it loads (absorbed MLA weights), to
+    be run again when the bytes are there; None if it has no such step."""
 
     def __init__(
         self,
@@ -97,45 +111,59 @@ class Worker:
         *,
         load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
+        known_as: str = "",
     ) -> None:
-        self._identity, self._config, self._directory = identity, config, directory
+        self._identity, self._config, self._directory, self._known_as = identity, config, directory, known_as
         self._load_weights, self._finish = load_weights, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
 
     def load(self, model: nn.Module) -> Receipt:
-        """Fill the parameters of `model`, of which nothing has been loaded yet. Raises what `peerload.load.load` raises; and
-        where that leaves a choice (`fallback`), NotFollowed, after which the model must not be used."""
-        problem: PeerloadError | None = None
+        """Fill the parameters of `model`, of which nothing has been loaded yet. All ranks return, or all raise, and then the
+        model must not be used: NotFollowed if the engine may load it from disk (`fallback`), else what went wrong here, or
+        CommitError with what went wrong on another rank."""
         try:
-            key, catalog, checkpoint = self._source()
-            traced = self._trace(model, catalog)
-        except (LayoutError, ConfigError, ManifestError, CoordinatorError) as error:
+            return self._load(model)
+        except Exception as error:
             if self._config.fallback != "disk":
                 raise
-            problem = error
-        self._agree_to_load(problem)
-        receipt = self._fill(key, checkpoint, traced)
-        if receipt.left:
-            assert checkpoint is not None, "nothing is left without one"
-            self._derive(model, checkpoint, traced, receipt.left)
-        if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
-            self._finish(model)
+            if not isinstance(error, PeerloadError):
+                log.exception(
+                    "peerload: rank %d failed", self._identity.rank
+                )  # ours or the engine's bug, and no reason not to serve
+            raise NotFollowed("; ".join(map(str.strip, _reason(error).splitlines()))[:_REASON]) from error
+
+    def _load(self, model: nn.Module) -> Receipt:
+        deadline = Deadline.after(self._config.deadline_s)
+        with ExitStack() as stack:
+            with self._together(deadline):
+                key, catalog, checkpoint = self._source()
+                traced = self._trace(model, catalog)
+                job = self._job(model, key, checkpoint, traced, deadline, stack)
+            receipt = load(job)
         self._report(receipt)
         if self._config.source:
-            config = self._config
-            self._loaded = key, Loaded.of(traced, retain_nbytes=config.retain_bytes, threads=config.threads)
+            self._loaded = self._unless_it_fails(lambda: (key, self._kept(traced)))
         return receipt
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
         is nothing to offer, or it can't be offered: a replica that is complete serves all the same."""
+        return self._unless_it_fails(lambda: self._serve(model))
+
+    def _unless_it_fails(self, step: Callable[[], T | None]) -> T | None:
+        """A step towards being a seed. If it fails, this rank is none, but its weights are complete and it serves."""
         try:
-            return self._serve(model)
+            return step()
         except PeerloadError as error:
             log.warning("peerload: rank %d is no seed: %s", self._identity.rank, error.message)
-            self.close()
-            return None
+        except Exception:  # memory for copies, a bug: nothing of it is a reason to end a replica that works
+            log.exception("peerload: rank %d is no seed", self._identity.rank)
+        self.close()
+        return None
+
+    def _kept(self, traced: Traced) -> Loaded:
+        return Loaded.of(traced, retain_nbytes=self._config.retain_bytes, threads=self._config.threads)
 
     def _serve(self, model: nn.Module) -> Seed | None:
         if self._loaded is None:
@@ -164,16 +192,28 @@ class Worker:
         """Offer nothing any more. Safe to call twice."""
         self._stack.close()
 
-    def _agree_to_load(self, problem: PeerloadError | None) -> None:
-        """Raise NotFollowed on every rank if one of them has a `problem`: they go the same way, or the engine hangs."""
-        who, told = self._identity, [problem.message if problem else ""]
-        if who.size > 1 and not who.launch.alone:
-            with CoordinatorClient(self._config.url) as client:
-                group, deadline = f"{who.instance}/{who.launch.number}/trace", Deadline.after(self._config.deadline_s)
-                told = [said.decode() for said in client.agree(group, 0, who.rank, who.size, told[0].encode(), deadline)]
-        for rank, reason in enumerate(told):
-            if reason:
-                raise NotFollowed(f"rank {rank}: {reason}" if len(told) > 1 else reason) from problem
+    @contextmanager
+    def _together(self, deadline: Deadline) -> Iterator[None]:
+        """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
+        for a load that won't begin."""
+        who = self._identity
+        if who.size == 1:
+            yield
+            return
+        group = f"{who.instance}/{who.launch.number}/begin"
+        with CoordinatorClient(self._config.url) as client:
+            try:
+                yield
+            except BaseException as error:
+                try:
+                    client.abort(group, 0, who.rank, who.size, _reason(error))
+                except PeerloadError as unheard:
+                    log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
+                raise
+            try:
+                client.agree(group, 0, who.rank, who.size, b"", deadline)
+            except CommitError as error:
+                raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -185,16 +225,16 @@ class Worker:
     def _source(self) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
-        config = self._config
-        if self._identity.launch.alone:
-            raise CoordinatorError(self._identity.launch.alone, next_step="start it, or give its url")
+        config, launch = self._config, self._identity.launch
+        launch.require_coordinator(config)
         try:
             checkpoint = Checkpoint.open(self._directory)
         except ConfigError:
             if not (config.model_name and config.revision):
                 raise
         else:
-            return checkpoint.key(config.model_name, config.revision), checkpoint.catalog, checkpoint
+            key = checkpoint.key(config.model_name, config.revision, known_as=self._known_as, offered=launch.offered)
+            return key, checkpoint.catalog, checkpoint
         key = ModelKey(config.model_name, config.revision)
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
         with CoordinatorClient(config.url) as client:
@@ -224,25 +264,30 @@ class Worker:
         )  # fmt: skip
         return traced
 
-    def _fill(self, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced) -> Receipt:
-        who, config = self._identity, self._config
+    def _job(
+        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced, deadline: Deadline, stack: ExitStack
+    ) -> Job:
+        """This rank's load, with everything open that it needs until `stack` is closed."""
+        who, config = self._identity, self._config.replace(deadline_s=deadline.remaining_s)
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
-        member = Member(who.instance, who.rank, who.size, who.launch.number)
-        with CoordinatorClient(config.url) as client, ExitStack() as stack:
-            try:
-                transports = stack.enter_context(opened_transports(config, device_of(tensors)))
-                regions = _regions(tensors, config)
-            except PeerloadError as error:
-                if who.size > 1:  # the others are on their way to the first vote of the load
-                    client.abort(member.group, 0, who.rank, who.size, error.message)
-                raise
-            job = Job(
-                key, traced.layout, address, regions, member, transports, config, coordinator=client,
-                reserve=[checkpoint.offer()] if checkpoint else [],
-                derives=checkpoint is not None and config.fallback == "disk", on_bytes=_Progress(self._say),
-            )  # fmt: skip
-            return load(job)
+        device = device_of(tensors)
+        space_on(device)  # a device that can't be used is found out here, not between votes
+
+        def complete(left: tuple[str, ...]) -> None:
+            if left:
+                assert checkpoint is not None, "nothing is left without one"
+                self._derive(model, checkpoint, traced, left)
+            if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
+                self._finish(model)
+
+        return Job(
+            key, traced.layout, address, _regions(tensors, config), Member(who.instance, who.rank, who.size, who.launch.number),
+            stack.enter_context(opened_transports(config, device)), config,
+            coordinator=stack.enter_context(CoordinatorClient(config.url)),
+            reserve=[checkpoint.offer()] if checkpoint else [],
+            derives=checkpoint is not None and config.fallback == "disk", on_bytes=_Progress(self._say), complete=complete,
+        )  # fmt: skip
 
     def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
@@ -289,6 +334,10 @@ class _Progress:
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_S
             self._say("%s: %.0f %% of %s", phase, 100 * done / max(1, wanted), readable(wanted))
+
+
+def _reason(error: BaseException) -> str:
+    return error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
 
 
 def _regions(tensors: Iterable[Tensor], config: Config) -> list[Region]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 from engine import Vllm
+from kinds import ARGUMENTS, write_kind
 
 from peerload.rpc.client import CoordinatorClient
 from peerload.rpc.server import Coordinator, serve
@@ -23,7 +25,10 @@ RECEIVED = re.compile(r"peerload: ([0-9.]+ [kMG]?B) from (\S+)")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: write_family(root / name, FAMILIES[name]) for name in (DENSE, SPARSE)}
+    return {
+        **{name: write_family(root / name, FAMILIES[name]) for name in (DENSE, SPARSE)},
+        **{name: write_kind(root / name, name) for name in ARGUMENTS},
+    }
 
 
 class Fleet:
@@ -133,6 +138,32 @@ def test_a_seed_whose_weights_are_packed_gives_the_copies_it_kept(fleet: Fleet, 
                 stock.wait()
                 assert visible(target) == visible(stock)
                 assert target.tokens() == stock.tokens()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_other_kinds_of_models(
+    models: dict[str, Path], fleet: Fleet, kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A vision tower, Mamba, a classifier, from TP1 to TP2. The target's directory is another, of the same model."""
+    fleet.close()
+    again = tmp_path / "again"
+    shutil.copytree(models[kind], again)
+    with serve("127.0.0.1:0") as coordinator, Vllm(models[kind], 1, {"url": coordinator.address}, **ARGUMENTS[kind]) as seed:
+        seed.wait()
+        told = {"url": coordinator.address, "source": False}
+        with Vllm(again, 2, told, **ARGUMENTS[kind]) as target, Vllm(models[kind], 2, **ARGUMENTS[kind]) as stock:
+            target.wait()
+            assert "peer" in sources(target)
+            # Mamba's A is computed, and no rank of another TP has it: vLLM makes it from disk.
+            left = re.findall(r"no seed has (\d+) derived tensors \((\S+):", target.log)
+            assert left == ([("1", "model.layers.0.mamba.A")] if kind == "GraniteMoeHybrid" else [])
+            assert "100.0 % of its bytes verified" in target.log
+            stock.wait()
+            assert target.sha256() == stock.sha256()
+            if "runner" not in ARGUMENTS[kind]:
+                assert target.tokens() == stock.tokens()
+    record_property("cell", {"engine": "vllm", "family": kind, "seed_tp": 1, "tp": 2})
 
 
 def visible(instance: Vllm) -> list[dict[str, str]]:
