@@ -244,10 +244,10 @@ class TestWaiting:
         config = CONFIG.replace(wait_s=60.0, fallback="disk")
         with ExitStack() as stack:
             client = stack.enter_context(CoordinatorClient(url))
-            there = holder(stack, whole)
+            address, local = holder(stack, whole)
             key = ModelKey(NAME[-1], MODEL.name)
             stack.enter_context(
-                Seed(key, kept, there[0], coordinator=client, transports={"local": there[1]}, instance="a", threads=1)
+                Seed(key, kept, address, coordinator=client, transports={"local": local}, instance="a", threads=1)
             )
             here = BareRank.of(wanted)
             stack.callback(here.arena.close)
