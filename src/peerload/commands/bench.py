@@ -26,7 +26,7 @@ BENCHES = {
     "plan": "planning and lowering for one target rank, up to Kimi-K2's size: seconds and memory",
     "load": "a whole load out of a peer's memory, against the engine's own load from disk",
     "cuda": "GPU memory between processes as a share of the driver's own copy, and digests on a GPU",
-    "coordinator": "announcing, discovering and renewing at DeepSeek-V3's size",
+    "coordinator": "announcing, discovering and renewing at DeepSeek-V3's size; what ranks that wait in a vote cost",
 }
 WRONG_WORDS = 2  # argparse's exit status for arguments it doesn't know
 

@@ -427,6 +427,9 @@ class CoordinatorClient:
         if code is grpc.StatusCode.NOT_FOUND:
             next_step = "announce again" if absent is LeaseUnknown else ""
             return absent(f"coordinator {self.url}: {details} ({doing})", next_step=next_step)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            next_step = "see the coordinator's log, and whether its disk is full"
+            return CoordinatorError(f"coordinator {self.url} refused ({doing}): {details}", next_step=next_step)
         if code in _AGAIN:
             return CoordinatorError(f"coordinator {self.url} can't be reached ({doing}): {details}", next_step=_LOOK)
         if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
@@ -90,7 +90,7 @@ class Core:
         self._unsaved: list[Vote] = []  # aborts that the store does not have yet
         self._over: list[Round] = []  # rounds that the store has yet to forget
         self._waiting, self._room = 0, WAITERS
-        self._closed = False
+        self._closed = self._failing = False
         self._restore()
 
     def _restore(self) -> None:
@@ -279,7 +279,8 @@ class Core:
             else:
                 outcome = self._cast(vote)
                 self._unsaved.append(vote)
-                self._try_to_save_aborts()
+                with suppress(StoreFailed):  # `tick` tries again, and says so
+                    self._save_aborts()
             if not isinstance(outcome, Pending):
                 self._wake(vote.round)
                 return outcome
@@ -337,12 +338,6 @@ class Core:
             self._store.cast(self._unsaved[0])
             del self._unsaved[0]
 
-    def _try_to_save_aborts(self) -> None:
-        try:
-            self._save_aborts()
-        except StoreFailed as error:
-            log.warning("%d aborts are not stored yet: %s", len(self._unsaved), error.message)
-
     def _cast(self, vote: Vote) -> Outcome:
         if vote.abort is not None:
             return self._ballot.abort(vote.round, vote.rank, vote.size, vote.abort, self._clock())
@@ -355,15 +350,26 @@ class Core:
         with self._lock:
             now_s = self._clock()
             self._publish(self._directory.expire(now_s))
-            self._try_to_save_aborts()
             self._over += self._ballot.expire(now_s)
-            if self._over:
-                self._store.forget(self._over)
-                self._over.clear()
-            if now_s - self._swept_s >= _SWEEP_EVERY_S:
-                self._swept_s = now_s
-                self._sweep_blobs(now_s)
-                self._store.prune()
+            try:
+                self._tidy(now_s)
+            except StoreFailed as error:
+                if not self._failing:
+                    log.warning("%s", error)
+                self._failing = True
+            else:
+                self._failing = False
+
+    def _tidy(self, now_s: float) -> None:
+        """Bring the store up to date."""
+        self._save_aborts()
+        if self._over:
+            self._store.forget(self._over)
+            self._over.clear()
+        if now_s - self._swept_s >= _SWEEP_EVERY_S:
+            self._sweep_blobs(now_s)
+            self._store.prune()
+            self._swept_s = now_s
 
     def _sweep_blobs(self, now_s: float) -> None:
         used = {digest for lease in self._directory.leases(now_s) for digest in lease.record.blobs}
