@@ -28,9 +28,25 @@ COMMANDS = {
     "bench": "measure this host: memcpy, transports, digest, planner",
 }
 
+#: Packages of the extra `transformers`, which some commands need.
+EXTRA = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+
 #: As shells say it: 128 and the number of SIGINT.
 INTERRUPTED = 130
 
+TOP = """\
+example, on this machine and without a GPU:
+  peerload demo
+
+a replica of vLLM or SGLang that loads out of its peers, and then serves the next one:
+  peerload coordinator --listen 0.0.0.0:7070
+  vllm serve MODEL --load-format peerload --model-loader-extra-config '{"url": "coordinator:7070"}'
+  python -m sglang.launch_server --model-path MODEL --load-format peerload \\
+      --model-loader-extra-config '{"url": "coordinator:7070"}'
+
+every setting is in docs/config.md of the sources, what was shown for which model in docs/engines.md
+
+"""
 EPILOG = """\
 exit status: 0 done; 2 bad arguments or configuration; 3 no plan possible (the hole or refusal is named);
 4 sources lost and no fallback left; 5 verification failed; 1 anything else.
@@ -58,7 +74,7 @@ class _Formatter(logging.Formatter):
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; only the chosen command's module is imported."""
     parser = _Parser(
-        prog="peerload", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="peerload", epilog=TOP + EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"peerload {version('peerload')}")
@@ -109,6 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.say("interrupted")
         return INTERRUPTED
     except Exception as error:
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if package in EXTRA:
+            lacking = ConfigError(
+                f"{args.command} needs {package}, which isn't here", next_step="pip install 'peerload[transformers]'"
+            )
+            console.fail(lacking)
+            return lacking.exit_code
         logging.getLogger(__name__).critical("unexpected error", exc_info=True)
         console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))
         return 1

@@ -31,7 +31,7 @@ class Config:
     """Every setting there is. `docs/config.md` is generated from this class."""
 
     url: str = _setting("127.0.0.1:7070", "coordinator, HOST:PORT")
-    model_name: str = _setting("", "name of the model at the coordinator; empty: the checkpoint directory's name")
+    model_name: str = _setting("", "name of the model at the coordinator; empty: the Hub's name, or the directory's")
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
@@ -40,7 +40,8 @@ class Config:
     )  # fmt: skip
     interface: str = _setting(
         "", "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
-        "reach it there can read and overwrite the weights in this process's memory: name one that only trusted machines reach",
+        "reach it there can read and overwrite the weights in this process's memory, and whoever announces a seed can end the "
+        "processes that read it: name one that only trusted machines reach",
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "

@@ -3,6 +3,7 @@ trainer's `fully_shard`, quantized. Every byte is compared with the engine's own
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import coordinator_process
 
-from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running
+import peerload
+from peerload.engines.checkpoint import Checkpoint
+from peerload.errors import ConfigError
+from peerload.rpc.client import CoordinatorClient
+from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running, spoil
 
 pytestmark = pytest.mark.e2e
 
@@ -117,6 +123,92 @@ def test_fp8(url: str, models: Path, family: str) -> None:
     with running(offer, spec) as seed:
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
+
+
+def opened(directory: Path, **how: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=how.pop("dtype", "auto"), **how)
+
+
+def offered(url: str) -> set[str]:
+    with CoordinatorClient(url) as client:
+        return {str(h.model) for h in client.status().holdings}
+
+
+@pytest.mark.parametrize("much", ["samples", "all"])
+def test_changed_weights_are_not_offered_as_the_checkpoints(url: str, models: Path, much: str) -> None:
+    """They are once they have a revision of their own."""
+    directory = checkpoint(models, "llama")
+    model, own = opened(directory), Checkpoint.open(directory).key()
+    with peerload.seed(model, {"url": url}, check=much) as seed:
+        assert seed.model == own
+        assert str(own) in offered(url)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).mul_(2)
+    refused = pytest.raises(
+        ConfigError, match=rf"^{name}\[\d+:\d+, \d+:\d+\] on rank 0 isn't what the checkpoint {directory} has"
+    )
+    with refused as caught, peerload.seed(model, {"url": url}, check=much):
+        pass
+    assert "set `revision`" in str(caught.value)
+    assert str(own) not in offered(url)
+    with peerload.seed(model, {"url": url, "revision": f"twice-{much}"}, check=much):
+        assert f"llama@twice-{much}" in offered(url)
+
+
+def test_one_changed_element_is_found_when_all_are_compared(url: str, models: Path) -> None:
+    model = opened(checkpoint(models, "llama"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    last = ", ".join(f"{n - 1}:{n}" for n in model.get_parameter(name).shape)
+    with torch.no_grad():
+        model.get_parameter(name)[-1, -1] += 1
+    refused = pytest.raises(ConfigError, match=rf"^{name}\[{last}\] .*\(1 of ")
+    with refused, peerload.seed(model, {"url": url}, check="all"):
+        pass
+
+
+def test_casts_are_the_checkpoints_if_they_lose_nothing(url: str, models: Path) -> None:
+    """A BF16 checkpoint in F32 is offered in BF16 again; in F16 it isn't the same any more."""
+    directory = checkpoint(models, "llama")
+    with peerload.seed(opened(directory, dtype=torch.float32), {"url": url}, check="all"):
+        pass
+    model = opened(directory, dtype=torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e-7)
+    with pytest.raises(ConfigError, match="trained or cast"), peerload.seed(model, {"url": url}):
+        pass
+
+
+def test_if_one_ranks_weights_differ_no_rank_is_a_seed(url: str, models: Path) -> None:
+    first, second = results(spoil, Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config={"url": url}))
+    assert first[0] == "CommitError"
+    assert "rank 1 gave up" in first[1]
+    assert second[0] == "ConfigError"
+    assert second[1].startswith("model.norm.weight[")
+    assert "on rank 1" in second[1]
+
+
+def test_without_a_checkpoint_weights_need_a_revision(url: str, models: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint(models, "llama")), dtype=torch.bfloat16)
+    model.config.name_or_path = ""
+    for config in ({"model_name": "new"}, {"revision": "1"}):
+        with pytest.raises(ConfigError, match=r"set (`revision`|model_name)"), peerload.seed(model, {"url": url, **config}):
+            pass
+    with peerload.seed(model, {"url": url, "model_name": "new", "revision": "1"}):
+        assert "new@1" in offered(url)
+
+
+def test_a_copy_in_another_directory_is_the_same_model(url: str, models: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(checkpoint(models, "llama"), again)
+    config = {"url": url, "fallback": "fail"}
+    with running(offer, Spec(directory=checkpoint(models, "llama"), config=config)) as seed:
+        seed.hear()
+        check(results(load, Spec(directory=again, config=config)))
 
 
 def test_a_process_that_may_not_be_a_source(url: str, models: Path) -> None:

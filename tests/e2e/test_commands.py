@@ -23,9 +23,10 @@ pytest.importorskip("transformers")
 
 from safetensors import safe_open  # noqa: E402
 
+from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
-from peerload.manifest import ModelKey, SourceId  # noqa: E402
+from peerload.manifest import Endpoint, ModelKey, SourceId  # noqa: E402
 from peerload.rpc.client import CoordinatorClient, Lease  # noqa: E402
 from peerload.testing.checkpoints import make_checkpoint  # noqa: E402
 
@@ -174,6 +175,8 @@ def test_every_help_teaches() -> None:
         assert "exit status: 0 done; 2 bad arguments" in outcome.out
     top = peerload("--help")
     assert top.status == 0
+    assert "--load-format peerload" in top.out
+    assert "docs/config.md" in top.out
     assert {line.split()[0] for line in top.out.splitlines() if line.startswith("    ") and line.strip()} >= COMMANDS.keys()
 
 
@@ -271,7 +274,7 @@ def test_bench_ends_in_the_benchmark_s_own_document() -> None:
     refused = peerload("bench", "--json", "plan", "--", "--runs", "many")
     assert refused.status == refused.document["exit_code"] == 2
     listed = peerload("bench", "--json").document["benchmarks"]
-    files = {p.stem for p in (Path(__file__).parents[2] / "bench").glob("*.py")} - {"__init__"}
+    files = {p.stem for p in Path(next(iter(bench.__path__))).glob("*.py")} - {"__init__"}
     assert files == set(listed)
 
 
@@ -305,6 +308,23 @@ def test_ls_tells_who_holds_what(world: World, checkpoint: Path) -> None:
     assert sum(r["bytes"] for r in rows) == world.seed["bytes"] == held
     people = peerload("ls", "--url", world.url)
     assert people.out.count(world.seed["instance"]) == 2
+
+
+def test_ls_shows_a_peer_s_words_as_text(world: World) -> None:
+    with CoordinatorClient(world.url) as client:
+        name, _, revision = world.seed["model"].partition("@")
+        offer, model = client.discover(ModelKey(name, revision))[0], ModelKey("evil [bold]x[/bold] [/nope]")
+        binding = replace(
+            offer.binding, source=SourceId("evil", 0, "0" * 32), attributes={"a\x1b[8m": "\x1b]0;owned\x07"},
+            endpoints=(Endpoint("\x1b[2J\r\nnet", b""),),
+        )  # fmt: skip
+        lease = client.announce(replace(offer, binding=binding), model)
+        outcomes = [peerload("ls", "--url", world.url), peerload("ls", "--url", world.url, "--json")]
+        client.withdraw(lease)
+    for outcome in outcomes:
+        assert outcome.status == 0
+        assert not set("\x1b\r\x07") & set(outcome.out + outcome.err)
+    assert "evil [bold]x[/bold] [/nope]" in outcomes[0].out
 
 
 @pytest.mark.parametrize("tp", [3, 1])

@@ -216,9 +216,12 @@ NONSENSE: list[tuple[list[tuple[object, int]], bool]] = [
 @pytest.mark.parametrize(("answers", "forever"), NONSENSE)
 def test_a_giver_of_nonsense_is_refused_and_nothing_leaks(answers: list[tuple[object, int]], forever: bool) -> None:
     before = open_descriptors()
-    with closing(Giver(answers, forever=forever)) as giver:
-        with closing(Connection(giver.address, "token", soon())) as connection, pytest.raises(ValueError, match=r"\w"):
-            connection.receive(range(10_000))
+    with (
+        closing(Giver(answers, forever=forever)) as giver,
+        closing(Connection(giver.address, "token", soon())) as connection,
+        pytest.raises(ValueError, match=r"\w"),
+    ):
+        connection.receive(range(10_000))
     deadline = soon()
     while open_descriptors() > before and deadline.remaining_s > 0:
         time.sleep(0.01)

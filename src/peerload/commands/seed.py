@@ -26,8 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", default="", metavar="NAME", help="name of this instance (default: seed- and random digits)")
     add_parallel(parser)
     add_config(
-        parser, "url", "model_name", "revision", "transport", "interface", "registration", "match", "verify", "fallback", "wait_s",
-        "deadline_s", "threads",
+        parser, "url", "model_name", "revision", "transport", "interface", "registration", "match", "verify", "fallback",
+        "wait_s", "deadline_s", "threads",
     )  # fmt: skip
 
 

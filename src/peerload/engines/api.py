@@ -6,10 +6,10 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 import transformers
@@ -27,12 +27,15 @@ from ..rpc.client import CoordinatorClient
 from ..seed import Seed
 from ..space import space_on
 from ..transport.registry import opened_transports
-from .checkpoint import INDEX, SINGLE, Checkpoint, ModelFiles
+from .checkpoint import INDEX, SINGLE, Checkpoint, ModelFiles, name_of
+from .compared import require_equal
 from .live import LiveModel, live_model, unwrapped
 
 log = logging.getLogger(__name__)
 
 Settings = Config | Mapping[str, Any] | str | None
+#: What of the weights `seed` compares with the checkpoint whose name they are to have.
+CHECKS: Final = ("samples", "all")
 
 
 def load(
@@ -58,14 +61,14 @@ def load(
     settings = settings_of(config)
     with _opened(model, settings, checkpoint, instance, group, find=True) as this, ExitStack() as stack:
         live, disk = this.live, this.disk
-        transports = stack.enter_context(opened_transports(settings, str(live.device)))
-        job = Job(
-            this.model, live.layout, live.address, live.regions(settings.registration), this.member, transports, settings,
-            coordinator=this.client, reserve=[disk.offer()] if disk is not None else [],
-        )  # fmt: skip
-        live.settle()
+        with this.together():
+            transports = stack.enter_context(opened_transports(settings, str(live.device)))
+            job = Job(
+                this.model, live.layout, live.address, live.regions(settings.registration), this.member, transports, settings,
+                coordinator=this.client, reserve=[disk.offer()] if disk is not None else [], complete=lambda _: live.accept(),
+            )  # fmt: skip
+            live.settle()
         receipt = run(job)
-        live.accept()
     log.info("peerload: %s", receipt)
     return receipt
 
@@ -104,6 +107,7 @@ def seed(
     checkpoint: str | Path | None = None,
     instance: str = "",
     group: dist.ProcessGroup | None = None,
+    check: str = "samples",
 ) -> Iterator[ModelSeed]:
     """Offer the weights of `model`, in place, to instances of any layout until the block ends. Arguments as for `load`.
 
@@ -111,23 +115,38 @@ def seed(
     (a trainer's F32 masters) are offered as copies in the checkpoint's, made anew after each change. With `source` off in
     the configuration nothing is offered, and the block runs all the same.
 
-    Raises ConfigError, LayoutError, HostError, CoordinatorError."""
+    Without a `revision` in the configuration, the weights are offered as those of the checkpoint. They are compared with it
+    first, and refused if they differ: random places of every tensor (check="samples"), or every byte (check="all"). Weights that
+    were trained on need a `revision` of their own, and are not compared. Without a checkpoint, `revision` is required.
+
+    Raises ConfigError (for weights that differ too: tensor and elements are named), LayoutError, HostError, CoordinatorError; on
+    every rank, if on one, and CommitError on those that could."""
     settings = settings_of(config)
+    if check not in CHECKS:
+        raise ConfigError(f"check is {check!r}, must be one of {', '.join(CHECKS)}")
     with _opened(model, settings, checkpoint, instance, group, find=False) as this, ExitStack() as stack:
-        live, offered = this.live, None
-        live.publish()
-        if settings.source:
-            transports = stack.enter_context(opened_transports(settings, str(live.device)))
-            for transport in transports.values():
-                transport.register(live.regions(settings.registration))
-            offered = Seed(
-                this.model, live.layout, live.address, coordinator=this.client, transports=transports,
-                instance=this.member.instance, files=live.files.contents,
-                attributes={"engine": f"transformers {transformers.__version__}"}, space=space_on(str(live.device)),
-                digests=settings.verifies, threads=settings.threads,
-            )  # fmt: skip
-            stack.enter_context(offered)
+        offered = None
+        with this.together():
+            this.live.publish()
+            if settings.source:
+                offered = stack.enter_context(_offer(this, settings, stack, every=check == "all"))
         yield ModelSeed(this, offered, group)
+
+
+def _offer(this: _Rank, settings: Config, stack: ExitStack, *, every: bool) -> Seed:
+    """A seed, not entered yet, of weights that may be offered. What it needs is open until `stack` is closed."""
+    live, space = this.live, space_on(str(this.live.device))
+    if this.stands_for_disk:
+        assert this.disk is not None, "else it wouldn't"
+        require_equal(live.layout, live.address, space, this.disk, every=every, threads=settings.threads)
+    transports = stack.enter_context(opened_transports(settings, str(live.device)))
+    for transport in transports.values():
+        transport.register(live.regions(settings.registration))
+    return Seed(
+        this.model, live.layout, live.address, coordinator=this.client, transports=transports, instance=this.member.instance,
+        files=live.files.contents, attributes={"engine": f"transformers {transformers.__version__}"}, space=space,
+        digests=settings.verifies, threads=settings.threads,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,6 +159,10 @@ class _Rank:
     client: CoordinatorClient
     disk: Checkpoint | None
     stands_for_disk: bool
+    group: dist.ProcessGroup | None
+
+    def together(self) -> AbstractContextManager[None]:
+        return _together(self.member.rank, self.member.size, self.group)
 
 
 @contextmanager
@@ -155,11 +178,11 @@ def _opened(
     """Everything that all ranks must have in common, and this rank's own part. find: as `_told`."""
     inner = unwrapped(model)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    directory = _directory(inner, config, checkpoint)
     with CoordinatorClient(config.url) as client:
         with _together(rank, size, group):
+            directory = _directory(inner, config, checkpoint)
             disk = None if directory is None else Checkpoint.open(directory)
-            told = [_told(inner, config, disk, client, instance, find)] if rank == 0 else [None]
+            told = [_told(inner, config, disk, client, checkpoint, instance, find)] if rank == 0 else [None]
         if size > 1:
             dist.broadcast_object_list(told, group=group, group_src=0)
         (common,) = told
@@ -168,7 +191,7 @@ def _opened(
             files, catalog = (None, None) if disk is None else (ModelFiles.of(disk.directory), disk.catalog)
             live = live_model(inner, files, catalog, rank=rank)
         member = Member(common.instance, rank, size, common.launch)
-        yield _Rank(common.model, live, member, client, disk, disk is not None and not config.revision)
+        yield _Rank(common.model, live, member, client, disk, disk is not None and not config.revision, group)
 
 
 @contextmanager
@@ -200,18 +223,23 @@ class _Common:
 
 
 def _told(
-    model: PreTrainedModel, config: Config, disk: Checkpoint | None, client: CoordinatorClient, instance: str, find: bool
-) -> _Common:
+    model: PreTrainedModel, config: Config, disk: Checkpoint | None, client: CoordinatorClient, checkpoint: str | Path | None,
+    instance: str, find: bool,
+) -> _Common:  # fmt: skip
     """find: without a checkpoint or a configured revision, take the one that is on offer."""
     launch = uuid.uuid4().hex
-    where = str(getattr(model.config, "name_or_path", "") or "")
-    name = "" if Path(config.model_name).is_dir() else config.model_name
-    if not name and where and not Path(where).is_dir():
-        name = where  # as the Hub calls it
+    known_as = str(checkpoint or getattr(model.config, "name_or_path", "") or "")
     if disk is not None:
-        key = disk.key(name, config.revision)
-    elif name:
+        own = config.model_name or config.revision
+        offered = () if own else {holding.model for holding in client.status().holdings}
+        key = disk.key(config.model_name, config.revision, known_as=known_as, offered=offered)
+    elif name := name_of(config.model_name, known_as):
         key = ModelKey(name, config.revision or (_revision(client, name) if find else ""))
+        if not key.revision and not find:
+            raise ConfigError(
+                f"the checkpoint of {name} isn't at hand, so nobody can tell whether these weights are its",
+                next_step="set `revision` in the configuration to a name of these weights, or give the checkpoint's directory",
+            )
     else:
         raise ConfigError("the model has neither a name nor a checkpoint", next_step="set model_name in the configuration")
     return _Common(key, instance or f"{socket.gethostname()}-{launch[:8]}", launch)

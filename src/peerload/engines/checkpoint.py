@@ -176,6 +176,8 @@ class Checkpoint:
 
         offered: the models that seeds hold now. If neither name nor revision is given and one of them has our identity, it is
         the same model, whatever directory its seed was started with: we take its name."""
+        if name and name_of(name) != name:
+            name, known_as = "", name  # a path says where the model is, and is no name that was chosen for it
         key = ModelKey(name_of(name, known_as, self.directory), revision or self.identity())
         if not name and not revision:
             same = sorted(model.name for model in offered if model.revision == key.revision)

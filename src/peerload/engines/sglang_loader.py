@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import LayoutError
 from ..manifest import Parallel
-from .worker import Identity, Launch, NotFollowed, Worker
+from .worker import Identity, Launch, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,7 @@ class Loader(DefaultModelLoader):
                 reason = error.message  # the error holds on to the model
             finally:
                 self._loading = None
-            gc.collect()  # parameters and their loaders hold each other
-            torch.accelerator.empty_cache()
+            free_given_up()
             log.warning("peerload: %s; SGLang loads it from disk, and this instance is no seed of it", reason)
         return super().load_model(model_config=model_config, device_config=device_config)
 

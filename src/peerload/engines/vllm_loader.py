@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 import vllm
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
@@ -21,7 +19,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..manifest import Parallel
-from .worker import Identity, Launch, NotFollowed, Worker
+from .worker import Identity, Launch, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +68,7 @@ class PeerloadLoader(BaseModelLoader):
             elif self._worker.serve(model):
                 _end_when_changed(model, self._worker)
             return model
-        gc.collect()  # parameters and their loaders hold each other
-        torch.accelerator.empty_cache()
+        free_given_up()
         log.warning("peerload: %s; vLLM loads it from disk, and this instance is no seed of it", reason)
         layers.clear()  # of the model that is given up
         layers.update(before[0])

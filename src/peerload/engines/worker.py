@@ -8,6 +8,7 @@ what they would have seen after a load from disk.
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -334,6 +336,14 @@ class _Progress:
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_S
             self._say("%s: %.0f %% of %s", phase, 100 * done / max(1, wanted), readable(wanted))
+
+
+def free_given_up() -> None:
+    """Free the memory of a model that nothing refers to any more, before it is built anew. Its parameters and their loaders hold
+    each other."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def _reason(error: BaseException) -> str:

@@ -4,8 +4,8 @@
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
 
-`offer`, `load`, `halved`, `fail` and `lack` are what a rank can be told to do; every byte that arrives is compared with the
-engine's own load of the same checkpoint.
+`offer`, `load`, `halved`, `spoil`, `fail` and `lack` are what a rank can be told to do; every byte that arrives is compared with
+the engine's own load of the same checkpoint.
 """
 
 from __future__ import annotations
@@ -127,6 +127,19 @@ def offer(spec: Spec, link: Connection) -> None:
                 ids = torch.tensor([PROMPT], device=spec.device)
                 model(ids, labels=ids).loss.backward()
             link.send("done")
+
+
+def spoil(spec: Spec, link: Connection) -> None:
+    """Try to seed weights of which rank 1's norm isn't the checkpoint's: what each rank raises."""
+    model = built(spec)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)
+    try:
+        with peerload.seed(model, spec.config):
+            link.send(("", "it succeeds"))
+    except peerload.PeerloadError as error:
+        link.send((type(error).__name__, str(error)))
 
 
 def fail(spec: Spec, link: Connection) -> None:

@@ -2,7 +2,8 @@
 
 **An open door.** Whoever reaches the UCX listener of an agent can read and write the memory that it has registered: UCX has no
 way to register memory for reading only, and no authentication. So this transport is opened only when the operator names it, on
-the interface that the operator names.
+the interface that the operator names. UCX also aborts the process that connects to some addresses that are none (1 in 100 with
+random bytes in them): whoever announces a seed can end a reader.
 
 **Abandoned reads land later.** With NIXL 1.5.1, bytes of a transfer that was released, deregistered or disconnected were still
 written when a stopped source went on; only destroying the agent stopped them. So every source is read through an agent of its

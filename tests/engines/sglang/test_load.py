@@ -7,6 +7,7 @@ second from the first, later ones from the second; then nobody is left.
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -136,6 +137,29 @@ def test_a_seed_that_has_been_killed_is_replaced_by_the_checkpoint(fleet: Fleet)
     assert fleet.seeds() == {"tp=2": 2}, "its lease has not run out yet"
     with fleet.target(DENSE, 1, fallback="disk") as target:
         assert sources(target.wait()) == {"disk"}
+        assert_equals_stock(fleet, DENSE, 1, target)
+
+
+def test_when_the_coordinator_is_lost_after_the_launch_it_loads_from_disk(fleet: Fleet) -> None:
+    """While all ranks wait for a seed. SGLang builds its model anew, and loads it as ever."""
+    fleet.stock(DENSE, 2)
+    with ExitStack() as stack:
+        coordinator = stack.enter_context(serve("127.0.0.1:0"))
+        config = {"url": coordinator.address, "wait_s": 600.0, "deadline_s": 15.0}
+        with Sglang(fleet.model(DENSE), 2, config) as target:
+            while "(traced in " not in target.log:
+                time.sleep(0.1)
+            stack.close()
+            target.wait()
+            assert len(re.findall("SGLang loads it from disk, and this instance is no seed of it", target.log)) == 2
+            assert_equals_stock(fleet, DENSE, 2, target)
+
+
+def test_without_a_coordinator_no_model_is_built_in_vain(fleet: Fleet) -> None:
+    with Sglang(fleet.model(DENSE), 1, {"url": "127.0.0.1:1"}) as target:
+        target.wait()
+        assert re.search(r"127\.0\.0\.1:1 .*SGLang loads it from disk", target.log)
+        assert "traced in" not in target.log
         assert_equals_stock(fleet, DENSE, 1, target)
 
 

@@ -93,6 +93,11 @@ class Vllm:
         self._tell("load_nothing")
         self._answer()
 
+    def withdraw(self) -> list[bool]:
+        """[ranks], whether it was a seed until now."""
+        self._tell("peerload_withdraw")
+        return self._answer()  # type: ignore[return-value]
+
     def _tell(self, message: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")

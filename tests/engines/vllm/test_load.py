@@ -116,6 +116,15 @@ def test_a_new_instance_loads_from_a_running_one(
 
 
 @pytest.mark.timeout(900)
+def test_what_cannot_come_from_peers_is_loaded_by_vllm_itself(fleet: Fleet) -> None:
+    """One region for all parameters is asked for, which vLLM allocates one by one. That is known once the model is built, so
+    it is built twice."""
+    with fleet.target(DENSE, 1, seed_tp=1, fallback="disk", registration="arena") as target:
+        assert re.search(r"peerload: .* allocations.*; vLLM loads it from disk, and this instance is no seed of it", target.log)
+        assert_equals_stock(fleet, DENSE, 1, target)
+
+
+@pytest.mark.timeout(900)
 def test_a_seed_whose_weights_change_is_one_no_longer(fleet: Fleet) -> None:
     seed, coordinator = fleet.seed(DENSE, 1)
     with CoordinatorClient(coordinator.address) as client:
@@ -163,6 +172,10 @@ def test_other_kinds_of_models(
             assert target.sha256() == stock.sha256()
             if "runner" not in ARGUMENTS[kind]:
                 assert target.tokens() == stock.tokens()
+        with CoordinatorClient(coordinator.address) as client:
+            assert len(client.status().holdings) == 1
+            assert [seed.withdraw(), seed.withdraw()] == [[True], [False]]
+            assert not client.status().holdings
     record_property("cell", {"engine": "vllm", "family": kind, "seed_tp": 1, "tp": 2})
 
 

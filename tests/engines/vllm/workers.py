@@ -9,6 +9,7 @@ import torch
 import vllm._custom_ops
 from torch import nn
 
+from peerload.engines.vllm_plugin import Extension
 from peerload.layout.reachable import reachable_tensors
 
 if os.environ.get("KEEP_WEIGHTS"):
@@ -16,8 +17,8 @@ if os.environ.get("KEEP_WEIGHTS"):
     vllm._custom_ops._supports_onednn = False
 
 
-class Looks:
-    """Mixed into vLLM's worker."""
+class Looks(Extension):
+    """Mixed into vLLM's worker, as our own extension of it is."""
 
     def sha256_of_tensors(self) -> dict[str, str]:
         """By dotted path, of every tensor the model holds, buffers and plain attributes included."""

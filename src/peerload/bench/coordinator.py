@@ -1,8 +1,8 @@
 """What the coordinator costs at DeepSeek-V3's size: eight ranks (TP8, EP8) of per-expert tensors, then replicas.
 
-The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks
-every piece. Then what it costs that many ranks wait in a vote: share of one core of a coordinator in a process of its own, ranks
-in four other processes. Ends in one JSON line; seconds unless the name says otherwise.
+The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks every
+piece. Then what it costs that many ranks wait in a vote, as a share of one core: a coordinator in a process of its own, ranks in
+four others. Ends in one JSON line; seconds unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from peerload.deadline import Deadline
-from peerload.errors import PeerloadError
-from peerload.manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
-from peerload.rpc import codec
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import serve
-from peerload.testing import layouts
+from ..deadline import Deadline
+from ..errors import PeerloadError
+from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
+from ..rpc import codec
+from ..rpc.client import CoordinatorClient
+from ..rpc.server import serve
+from ..testing import layouts
 
 T = TypeVar("T")
 MODEL = ModelKey("deepseek-ai/DeepSeek-V3")
@@ -48,6 +49,11 @@ def best(work: Callable[[], T], times: int = 3) -> tuple[float, T]:
     return min(seconds), result
 
 
+def _announce(seed: CoordinatorClient, offers: list[Offer]) -> None:
+    for rank in offers:
+        seed.announce(rank, MODEL)
+
+
 def offer(layout: Layout, instance: str, rank: int) -> Offer:
     digests = np.random.default_rng(rank).integers(0, 1 << 63, len(layout.pieces), np.uint64)
     address = np.arange(1, len(layout.buffer_names) + 1) << 30
@@ -60,7 +66,7 @@ def served(store: str, ranks: list[Layout]) -> dict[str, object]:
     with serve("127.0.0.1:0", store) as coordinator, CoordinatorClient(coordinator.address) as seed:
         for instance in ("first", "replica"):
             offers = [offer(layout, instance, rank) for rank, layout in enumerate(ranks)]
-            out[f"announce_8_ranks_{instance}"], _ = best(lambda o=offers: [seed.announce(rank, MODEL) for rank in o], 1)
+            out[f"announce_8_ranks_{instance}"], _ = best(partial(_announce, seed, offers), 1)
         with CoordinatorClient(coordinator.address) as target:
             out["discover_16_ranks_cold"], found = best(lambda: target.discover(MODEL), 1)
             assert sum(len(o.layout.pieces) for o in found) == 2 * sum(len(r.pieces) for r in ranks)
@@ -106,7 +112,7 @@ def waiting(ranks: int) -> dict[str, object]:
 
         coordinator, url = started("-c", COORDINATOR)
         for part in range(4):
-            started("-m", "peerload.bench.coordinator", url, str(part * ranks // 4), str(ranks // 4))
+            started(__file__, url, str(part * ranks // 4), str(ranks // 4))
         client = stack.enter_context(CoordinatorClient(url))
         while len(client.status().open_rounds) < ranks:
             time.sleep(0.5)
