@@ -48,8 +48,8 @@ def built(make: Callable[[str], nn.Module], engine: str) -> nn.Module:
     with _Bounded(_available_nbytes()) as made:
         try:
             model = make("cpu")
-        except FAILURES:
-            if made.nbytes > made.most:  # whatever became of its error
+        except FAILURES as error:
+            if made.nbytes > made.most or "can't allocate memory" in str(error):  # the first: whatever became of its error
                 raise made.refusal() from None
             raise
     warn_once(f"{engine} can't build this model without memory, so it is built in {made.nbytes / 1e6:,.1f} MB of it ({problem})")

@@ -1,4 +1,4 @@
-"""Small models in formats that vLLM serves on GPUs only, for tests of layouts: configurations and names as published ones have."""
+"""Small models in formats that vLLM serves on GPUs only: configurations and names of tensors as published ones have."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def compressed(kind: str, word: str) -> Family:
             tensors += rule(spec.name.removesuffix(".weight"), *spec.shape)
         else:
             tensors.append(spec)
-    return replace(plain, config={**plain.config, "quantization_config": asked}, tensors=tuple(sorted(tensors)), quantization=word)
+    return replace(
+        plain, config={**plain.config, "quantization_config": asked}, tensors=tuple(sorted(tensors)), quantization=word
+    )
 
 
 def deepseek_v32() -> Family:
