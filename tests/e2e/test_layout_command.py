@@ -193,11 +193,11 @@ def test_an_engine_that_is_not_here_is_named(ask: Ask, tmp_path: Path, engine: s
 @pytest.mark.parametrize(
     ("files", "problem", "next_step"),
     [
-        (["config.json", "pytorch_model-00001-of-00002.bin"], "holds no safetensors file, but pytorch_model-0", "save_pretrained"),
+        (["config.json", "pytorch_model-1-of-2.bin"], "no safetensors file, but pytorch_model-1", "save_pretrained"),
         (["config.json", "model-q4.gguf"], "holds no safetensors file, but model-q4.gguf", "GGUF is not supported"),
-        (["params.json", "consolidated.safetensors"], "has no config.json, but consolidated.safetensors, and params.json: Mistral",
+        (["params.json", "consolidated.safetensors"], "no config.json, but consolidated.safetensors, and params.json: Mistral",
          "Hugging Face's format"),
-        (["config.json", "params.json", "consolidated.safetensors"], "holds neither model.safetensors nor", "Hugging Face's format"),
+        (["config.json", "params.json", "consolidated.safetensors"], "neither model.safetensors nor", "Hugging Face's format"),
     ],
 )  # fmt: skip
 def test_weights_in_another_format_are_refused(ask: Ask, tmp_path: Path, files: list[str], problem: str, next_step: str) -> None:

@@ -306,13 +306,14 @@ def test_the_tensor_that_it_was_loading_and_its_line_are_named() -> None:
     class OneByOne(Toy):
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
             for name, loaded in weights:
+                parameter = self.a.data
                 if name == "k":
-                    self.a.data.copy_(loaded)
+                    parameter.copy_(loaded)
 
-    for build, load in ((OneByOne, lambda m, w: None), (Toy, too_small)):
+    for names, build, load in (("k, a", OneByOne, lambda m, w: None), ("a, k", Toy, too_small)):
         with pytest.raises(LayoutError) as refused:
             traced(load, W, build=build)
-        assert refused.value.message.startswith("k, a: the engine's loader fails: RuntimeError: ")
+        assert refused.value.message.startswith(f"{names}: the engine's loader fails: RuntimeError: ")
         assert "at tests/unit/test_loader.py:" in refused.value.message
         assert refused.value.message.endswith("copy_(loaded))")
         assert "likely to fail in the same place" in refused.value.next_step
@@ -327,8 +328,8 @@ def test_the_tensor_that_it_was_loading_and_its_line_are_named() -> None:
 
 
 def too_small(m: Toy, w: dict[str, Tensor]) -> None:
-    loaded = w["k"]
-    m.a.data.copy_(loaded)
+    parameter, loaded = m.a.data, w["k"]
+    parameter.copy_(loaded)
 
 
 def test_parameters_of_the_engine_keep_their_values() -> None:
