@@ -110,7 +110,7 @@ def test_arguments_of_the_engine_are_passed_on(ask: Ask, tmp_path: Path) -> None
     [
         ("trust_remote_cod=true", 2, "has no argument trust_remote_cod", "did you mean trust_remote_code?"),
         ("tensor_parallel_size=2", 2, "tensor_parallel_size is set by peerload itself", "say it with --tp"),
-        ("quantization=fp8", 3, "it is quantized while it is loaded", ""),
+        ("quantization=fp8", 3, "it is quantized while it is loaded", "stored quantized"),
     ],
 )
 def test_arguments_that_do_not_work_are_said(
