@@ -66,7 +66,10 @@ def test_more_memory_than_there_is_is_refused() -> None:
 
 
 def test_arguments_that_an_engine_lacks_are_named() -> None:
-    known, ours = ("dtype", "quantization"), {"model": "say it with --model"}
+    def known(model: str, dtype: str = "", quantization: str = "") -> None:
+        """An engine's configuration."""
+
+    ours = {"model": "say it with --model"}
     assert checked("engine 1.0", {"dtype": "auto"}, known, ours) == {"dtype": "auto"}
     with pytest.raises(ConfigError, match=r"engine 1\.0 has no argument quantisation") as refused:
         checked("engine 1.0", {"quantisation": 1}, known, ours)
