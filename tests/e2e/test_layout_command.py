@@ -190,6 +190,45 @@ def test_an_engine_that_is_not_here_is_named(ask: Ask, tmp_path: Path, engine: s
     assert f".venv-{engine}" in document["next_step"]
 
 
+@pytest.mark.parametrize(
+    ("files", "problem", "next_step"),
+    [
+        (["config.json", "pytorch_model-1-of-2.bin"], "no safetensors file, but pytorch_model-1", "save_pretrained"),
+        (["config.json", "model-q4.gguf"], "holds no safetensors file, but model-q4.gguf", "GGUF is not supported"),
+        (["params.json", "consolidated.safetensors"], "no config.json, but consolidated.safetensors, and params.json: Mistral",
+         "Hugging Face's format"),
+        (["config.json", "params.json", "consolidated.safetensors"], "neither model.safetensors nor", "Hugging Face's format"),
+    ],
+)  # fmt: skip
+def test_weights_in_another_format_are_refused(ask: Ask, tmp_path: Path, files: list[str], problem: str, next_step: str) -> None:
+    """Their layout would be one of files that aren't there."""
+    (tmp_path / "model").mkdir()
+    for name in files:
+        (tmp_path / "model" / name).write_text(json.dumps(model_config("llama")) if name == "config.json" else "")
+    document = ask(tmp_path / "model", status=2)
+    assert document["error"] == "ConfigError"
+    assert problem in document["message"]
+    assert next_step in document["next_step"]
+
+
+def test_files_that_are_no_weights_are_no_format(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_text("")
+    write(tmp_path)
+    assert len(ask(tmp_path)["ranks"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--engine-arg", "trust_remote_code=true"], "transformers has no arguments that change a layout"),
+        (["--engine-arg", "trust_remote_code"], "must be KEY=VALUE"),
+        (["--platform", "cuda"], "transformers's layouts are those of this host's platform"),
+    ],
+)
+def test_options_of_other_engines_are_refused(ask: Ask, tmp_path: Path, words: list[str], problem: str) -> None:
+    assert problem in ask(write(tmp_path), *words, status=2)["message"]
+
+
 def test_no_model_is_said(ask: Ask, tmp_path: Path) -> None:
     assert "no such model directory" in ask(tmp_path / "nowhere", status=2)["message"]
     assert "has no config.json" in ask(tmp_path, status=2)["message"]

@@ -18,7 +18,16 @@ from peerload.layout.agree import agree  # noqa: E402
 from peerload.layout.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
 from peerload.layout.compress import strided_boxes, strided_runs  # noqa: E402
 from peerload.layout.decoded import decoded_layout, told_boxes  # noqa: E402
-from peerload.layout.probe import COMPUTED, CONSTANT, UNWRITTEN, Probed, changes, probe  # noqa: E402
+from peerload.layout.probe import (  # noqa: E402
+    COMPUTED,
+    CONSTANT,
+    MOST_GROUPS,
+    UNWRITTEN,
+    Probed,
+    changes,
+    groups_of,
+    probe,
+)
 from peerload.layout.trace import DTYPES, Recorder, layout_of  # noqa: E402
 from peerload.manifest import Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec  # noqa: E402
 
@@ -355,6 +364,84 @@ def test_what_cannot_be_probed_is_said() -> None:
         probe(Plain, lambda model, weights: None, specs(flag=("BOOL", (3,))))
     with pytest.raises(ConfigError, match="meta device"):
         probe(lambda: Plain(p=("BF16", (3,))).to("meta"), lambda model, weights: None, MIXED)
+
+
+def test_a_package_that_post_processing_lacks_is_said() -> None:
+    def finish(model: Plain) -> None:
+        raise ModuleNotFoundError("No module named 'kernels'")
+
+    with pytest.raises(LayoutError, match=r"post-processing fails .*: ModuleNotFoundError: No module named 'kernels' at tests/"):
+        probe(lambda: Plain(p=("BF16", (3,))), lambda model, weights: None, MIXED, finish=finish)
+
+
+def test_what_the_constructor_leaves_on_meta_is_left_out() -> None:
+    def build() -> Plain:
+        model = Plain(p=("BF16", (4, 6)))
+        model.head = nn.Linear(3, 3, device="meta")
+        return model
+
+    probed = probe(build, lambda model, weights: model.load(weights, lambda w: {"p": w["w"]}), MIXED)
+    assert set(probed.buffers) == {"p"}
+    assert agree(traced(lambda w: {"p": w["w"]}, lambda: Plain(p=("BF16", (4, 6)))), probed) == []
+
+
+def test_memory_that_nobody_wrote_is_not_taken_for_a_computed_value() -> None:
+    """What lies in uninitialised memory differs from build to build."""
+    builds = iter(range(100))
+
+    def build() -> Plain:
+        model = Plain(p=("BF16", (4, 6)))
+        model.register_buffer("scratch", torch.full((5,), next(builds), dtype=torch.int32), persistent=False)
+        model.register_buffer("scores", torch.full((6,), float(next(builds))), persistent=False)
+        return model
+
+    def load(model: Plain, weights: Iterable[tuple[str, Tensor]]) -> None:
+        found = dict(weights)
+        model.load(found.items(), lambda w: {"p": w["w"]})
+        model.scores[:3] = found["scale"].exp()
+
+    probed = probe(build, load, MIXED)
+    assert (probed.buffers["scratch"].kind, probed.buffers["scores"].kind) == ("unwritten", "opaque")
+    assert probed.buffers["scores"].ids.tolist() == [COMPUTED] * 3 + [UNWRITTEN] * 3
+    assert agree(traced(lambda w: {"p": w["w"]}, lambda: Plain(p=("BF16", (4, 6)))), probed) == [
+        "scores: missing from the layout, but the probe sees 3 of 6 elements are computed from the checkpoint, not copied in it"
+    ]
+
+
+@pytest.mark.parametrize("wide", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_cast_to_floats_are_followed(dtype: str, wide: str) -> None:
+    catalog = specs(other=("BF16", (300,)), shape=(dtype, (2, 300)))
+
+    def load(model: Plain, weights: Iterable[tuple[str, Tensor]]) -> None:
+        model.load(weights, lambda w: {"s": w["shape"][:, 1:]})
+
+    probed = probe(lambda: Plain(s=(wide, (2, 299))), load, catalog)
+    seen = probed.buffers["s"]
+    assert (seen.kind, seen.casts) == ("copy", {"shape"})
+    assert probed.origin(int(seen.ids[0])) == "shape[0, 1]"
+
+
+def test_computed_values_depend_on_what_they_are_said_to_be_computed_from() -> None:
+    def load(model: Plain, weights: Iterable[tuple[str, Tensor]]) -> None:
+        found = dict(weights)
+        model.d.data.copy_(found["bias"].exp())
+        model.e.data.copy_(found["bias"] * found["one"].to(torch.bfloat16))
+
+    def build() -> Plain:
+        return Plain(d=("BF16", (6,)), e=("BF16", (6,)))
+
+    catalog = Catalog.of([*MIXED, TensorSpec("d by toy", "BF16", (6,)), TensorSpec("e by toy", "BF16", (6,))])
+    pieces = [Piece(catalog.row[f"{name} by toy"], Box((0,), (6,)), at, 0, (2,)) for at, name in enumerate("de")]
+    layout = Layout(catalog, ("d", "e"), np.array([12, 12], np.int64), Pieces.of(pieces, catalog.width), ())
+    right, wrong = ({"d by toy": ("bias",), "e by toy": names} for names in (("bias", "one"), ("bias",)))
+    for covers, differences in ((right, []), (wrong, ["e: 6 elements of e by toy depend on more than it is computed from"])):
+        probed = probe(build, load, MIXED, groups=groups_of(covers.values()))
+        assert agree(layout, probed, covers) == differences
+    many = [frozenset((f"t{i}",)) for i in range(20)]
+    groups = groups_of([*many, ("t0",)])
+    assert len(groups) == MOST_GROUPS
+    assert all(any(one <= group for group in groups) for one in many)
 
 
 def traced(fill: Fill, build: Callable[[], Plain]) -> Layout:

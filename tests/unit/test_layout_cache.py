@@ -34,12 +34,13 @@ def kept() -> Kept:
         (Constant(0, 24, (3,), (2,), b"\x80\xbf"),), (Opaque("r", "tag", 2, 0, 7, ("a",), "swizzled"),),
         {"a as F32": "a"}, {"b": "not for us"}, Parallel(4, 2, 4), 3,
     )  # fmt: skip
-    return Kept(layout, {"a as F32": "cast"}, ("cos_sin",), {"w_uk": "aten::mm"})
+    return Kept(layout, {"a as F32": "cast"}, ("cos_sin",), {"w_uk": "aten::mm"}, {"a as F32": ("a",)})
 
 
 def assert_same(found: Kept | None, wanted: Kept) -> None:
     assert found is not None
-    assert (found.derived, found.made, found.hidden) == (wanted.derived, wanted.made, wanted.hidden)
+    for name in ("derived", "made", "hidden", "covers"):
+        assert getattr(found, name) == getattr(wanted, name), name
     a, b = found.layout, wanted.layout
     assert a.catalog == b.catalog
     for name in ("buffer_names", "constants", "opaques", "aliases", "ignored", "parallel", "rank"):
@@ -80,7 +81,8 @@ def test_a_layout_without_pieces_comes_back(tmp_path: Path) -> None:
     "change",
     [
         {"engine": "sglang"}, {"version": "1.3"}, {"tracer": "abd"}, {"model": "0123456789abcdee"}, {"quantization": ""},
-        {"parallel": Parallel(4, 2, 2)}, {"rank": 2}, {"device": "cuda 10.0"},
+        {"parallel": Parallel(4, 2, 2)}, {"rank": 2}, {"device": "cuda 10.0"}, {"platform": "cuda"},
+        {"arguments": '{"quantization": "fp8"}'},
     ],
 )  # fmt: skip
 def test_another_key_is_another_file(tmp_path: Path, change: dict[str, object]) -> None:
@@ -97,6 +99,7 @@ def test_a_person_can_read_it(tmp_path: Path) -> None:
     assert head["key"] == {
         "engine": "vllm", "version": "1.2", "tracer": "abc", "model": "0123456789abcdef", "quantization": "fp8",
         "parallel": {"tp": 4, "pp": 2, "ep": 4}, "rank": 3, "device": "cuda 9.0",
+        "platform": "auto", "arguments": "{}",
     }  # fmt: skip
     assert body["buffers"] == [["p", "q", "r"], [30, 12, 7]]
 

@@ -300,6 +300,38 @@ def test_a_loader_that_fails_is_named() -> None:
         traced(load, W)
 
 
+def test_the_tensor_that_it_was_loading_and_its_line_are_named() -> None:
+    """The last tensor that the loader has asked for, and those in its hands; a loader that has read all has only the latter."""
+
+    class OneByOne(Toy):
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            for name, loaded in weights:
+                parameter = self.a.data
+                if name == "k":
+                    parameter.copy_(loaded)
+
+    for names, build, load in (("k, a", OneByOne, lambda m, w: None), ("a, k", Toy, too_small)):
+        with pytest.raises(LayoutError) as refused:
+            traced(load, W, build=build)
+        assert refused.value.message.startswith(f"{names}: the engine's loader fails: RuntimeError: ")
+        assert "at tests/unit/test_loader.py:" in refused.value.message
+        assert refused.value.message.endswith("copy_(loaded))")
+        assert "likely to fail in the same place" in refused.value.next_step
+
+    def asks(m: Toy, w: dict[str, Tensor]) -> None:
+        chosen = (w["point"] > 0).nonzero()  # on meta, how many that are is unknown
+        m.a.data.copy_(w["q"][chosen[0]])
+
+    with pytest.raises(LayoutError, match=r"point: the engine's loader ") as refused:
+        traced(asks, W, device="meta")
+    assert "let the engine load this model" in refused.value.next_step
+
+
+def too_small(m: Toy, w: dict[str, Tensor]) -> None:
+    parameter, loaded = m.a.data, w["k"]
+    parameter.copy_(loaded)
+
+
 def test_parameters_of_the_engine_keep_their_values() -> None:
     def load(m: Toy, w: dict[str, Tensor]) -> None:
         m.a.data.copy_(w["q"])

@@ -92,8 +92,9 @@ class Engine:
         stored = model.is_dir() and any(model.glob("*.safetensors"))
         folder = None if cache == "off" else Path(cache) if cache else cache_folder()
         files, checkpoint = ModelFiles.of(model), Checkpoint.open(model) if stored else None
-        if arguments.get("trust_remote_code") and model.is_dir():
-            code = {path.name: path.read_bytes() for path in sorted(model.glob("*.py"))}
+        if arguments.get("trust_remote_code"):
+            folder = model if model.is_dir() else model.parent
+            code = {path.name: path.read_bytes() for path in sorted(folder.glob("*.py"))}
             files = ModelFiles({**files.contents, **code})
         if layers is not None:
             files = _cut(files, layers)

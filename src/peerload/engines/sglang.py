@@ -89,7 +89,7 @@ def rank_of(
     """SGLang's process-wide configuration, for as long as the block lasts, that of rank `rank` (tensor-parallel rank
     fastest) of an instance of the model in `directory`. Yields the model's configuration. arguments: more of SGLang's
     `ServerArgs`. Not thread-safe."""
-    arguments = checked(VERSION, arguments, ServerArgs.__dataclass_fields__, _OURS)
+    arguments = checked(VERSION, arguments, ServerArgs, _OURS)
     size = parallel.tp * parallel.pp
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below {size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -23,10 +24,12 @@ log = logging.getLogger(__name__)
 FAILURES: Final = (ValueError, AssertionError, RuntimeError, AttributeError, TypeError, LookupError, ImportError)
 
 
-def checked(engine: str, arguments: Mapping[str, object], known: Iterable[str], ours: Mapping[str, str]) -> dict[str, object]:
+def checked(
+    engine: str, arguments: Mapping[str, object], kind: Callable[..., object], ours: Mapping[str, str]
+) -> dict[str, object]:
     """The operator's arguments of an engine. ours: arguments that are set here -> how to say that instead. Raises ConfigError
-    for one of those, and for a name that isn't among `known`."""
-    known = set(known)
+    for one of those, and for a name that `kind`, which the engine makes its configuration with, doesn't take."""
+    known = inspect.signature(kind).parameters
     for name in arguments:
         if name in ours:
             raise ConfigError(f"engine argument {name} is set by peerload itself", next_step=ours[name])
@@ -48,8 +51,8 @@ def built(make: Callable[[str], nn.Module], engine: str) -> nn.Module:
     with _Bounded(_available_nbytes()) as made:
         try:
             model = make("cpu")
-        except FAILURES:
-            if made.nbytes > made.most:  # whatever became of its error
+        except FAILURES as error:
+            if made.nbytes > made.most or "can't allocate memory" in str(error):  # the first: whatever became of its error
                 raise made.refusal() from None
             raise
     warn_once(f"{engine} can't build this model without memory, so it is built in {made.nbytes / 1e6:,.1f} MB of it ({problem})")

@@ -154,7 +154,7 @@ def rank_of(
         raise ConfigError(f"rank {rank} is not below {size}")
     if parallel.ep not in (1, parallel.tp):
         raise ConfigError(f"vLLM's experts are split over all tensor-parallel ranks or none: tp={parallel.tp}, ep={parallel.ep}")
-    arguments = checked(VERSION, arguments, EngineArgs.__dataclass_fields__, _OURS)
+    arguments = checked(VERSION, arguments, EngineArgs, _OURS)
     files = ModelFiles.of(model)
     state = {name: value for name, value in vars(groups).items() if name.startswith("_") and name[1:].replace("_", "").isupper()}
     environment, rotary = dict(os.environ), dict(_ROPE_DICT)

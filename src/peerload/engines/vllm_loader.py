@@ -151,6 +151,9 @@ def _end_when_changed(model: nn.Module, worker: Worker) -> None:
 def refuse_unfollowable(model: nn.Module) -> None:
     """Raise LayoutError for what vLLM makes while loading in a way that no trace sees."""
     if any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules()):
-        raise LayoutError(f"{type(model).__name__}: it is quantized while it is loaded, its weights aren't the checkpoint's")
+        raise LayoutError(
+            f"{type(model).__name__}: it is quantized while it is loaded, its weights aren't the checkpoint's",
+            next_step="vLLM loads it from disk; a checkpoint that is stored quantized can come from peers",
+        )
     if list(getattr(model, "secondary_weights", ())):
         raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")

@@ -32,13 +32,14 @@ def engine_frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 def told(error: BaseException) -> str:
     """An engine's error in one line: its kind, its words, and which line of the engine raised it, as in `AssertionError at
-    vllm/model_executor/models/llama.py:142 (assert heads % tp_size == 0)`. The line itself is shown where there are no words."""
+    vllm/model_executor/models/llama.py:142 (assert heads % tp_size == 0)`."""
     words = " ".join(str(error).split())
     text = type(error).__name__ + (f": {words[:_MOST]}{'...' if len(words) > _MOST else ''}" if words else "")
     for frame, line in engine_frames(error):
         name = frame.f_code.co_filename
-        source = "" if words else linecache.getline(name, line).strip()
-        return f"{text} at {'/'.join(_inside(name) or Path(name).parts[-3:])}:{line}" + (f" ({source})" if source else "")
+        source = linecache.getline(name, line).strip()
+        text += f" at {'/'.join(_inside(name) or Path(name).parts[-3:])}:{line}"
+        return text + (f" ({source})" if source and not source.startswith("raise ") else "")
     return text
 
 

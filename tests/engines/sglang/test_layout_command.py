@@ -54,3 +54,15 @@ def test_plans_are_made_of_its_layouts(ask: Ask, tmp_path: Path) -> None:
     )
     assert document["engine"] == "sglang"
     assert {c["from"] for c in document["copies"]} == {f"seed-0/rank {r}" for r in range(4)}
+
+
+def test_arguments_of_the_engine_are_passed_on(ask: Ask, tmp_path: Path) -> None:
+    directory = write_family(tmp_path / "model", FAMILIES["llama"])
+    words = ["--model", str(directory), "--rank", "0"]
+    plain, wide = (ask("layout", *words, *more)["ranks"][0] for more in ([], ["--engine-arg", "dtype=float32"]))
+    assert (plain["cached"], wide["cached"]) == (False, False)
+    assert plain["derived"] == {}
+    assert "model.norm.weight as F32" in wide["derived"]
+    assert "has no argument dtyp" in ask("layout", *words, "--engine-arg", "dtyp=float32", status=2)["message"]
+    assert "say it with --tp" in ask("layout", *words, "--engine-arg", "tp-size=2", status=2)["next_step"]
+    assert "this host's platform" in ask("layout", *words, "--platform", "cuda", status=2)["message"]

@@ -1,4 +1,4 @@
-"""Small models in formats that vLLM serves on GPUs only, with the configurations and tensor names of published ones."""
+"""Small models in formats that vLLM serves on GPUs only: configurations and names of tensors as published ones have."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: ./dev engines makes an environment for it")
 
+from formats import compressed
+
 from peerload.cli import main
 from peerload.testing.families import FAMILIES, write_family
 
@@ -83,6 +85,54 @@ def test_post_processing_that_this_host_lacks_is_said(ask: Ask, tmp_path: Path) 
         assert rank["probe"]["post_processing"] == {}
     else:
         assert rank["probe"]["post_processing"]["model.layers.0.self_attn.qkv_proj.weight"]["kind"] == "opaque"
+
+
+def test_arguments_of_the_engine_are_passed_on(ask: Ask, tmp_path: Path) -> None:
+    """A model that brings its configuration's code; each set of arguments is another answer."""
+    directory = write_family(tmp_path / "model", FAMILIES["llama"])
+    config = json.loads((directory / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (directory / "config.json").write_text(json.dumps({**config, **own}))
+    code = "from transformers import LlamaConfig\n\n\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n"
+    (directory / "configuration_mine.py").write_text(code)
+    words, trust = ["--model", str(directory), "--tp", "2", "--rank", "1"], ["--engine-arg", "trust_remote_code=true"]
+    refused = ask("layout", *words, status=3)
+    assert "trust_remote_code=True" in refused["message"]
+    assert "--engine-arg trust_remote_code=true" in refused["next_step"]
+    assert [ask("layout", *words, *trust)["ranks"][0]["cached"] for _ in range(2)] == [False, True]
+    other = ["--engine-arg", 'hf-overrides={"rope_theta": 20000.0}']
+    assert ask("layout", *words, *trust, *other)["ranks"][0]["cached"] is False
+    assert ask("plan", "--model", str(directory), "--from", "tp=2", "--to", "tp=1", *trust)["engine"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "problem", "next_step"),
+    [
+        ("trust_remote_cod=true", 2, "has no argument trust_remote_cod", "did you mean trust_remote_code?"),
+        ("tensor_parallel_size=2", 2, "tensor_parallel_size is set by peerload itself", "say it with --tp"),
+        ("quantization=fp8", 3, "it is quantized while it is loaded", "stored quantized"),
+    ],
+)
+def test_arguments_that_do_not_work_are_said(
+    ask: Ask, tmp_path: Path, argument: str, status: int, problem: str, next_step: str
+) -> None:
+    directory = write_family(tmp_path / "model", FAMILIES["llama"])
+    document = ask("layout", "--model", str(directory), "--rank", "0", "--engine-arg", argument, status=status)
+    assert problem in document["message"]
+    assert next_step in document["next_step"]
+
+
+def test_a_model_is_built_as_on_a_cuda_host(ask: Ask, tmp_path: Path) -> None:
+    """The values of W4A16's `weight_shape` are computed: which tensors they are computed from is probed too."""
+    family = compressed("llama", "w4a16")
+    directory = write_family(tmp_path / "model", family)
+    words = ["--model", str(directory), "--tp", "2", "--rank", "1", "--probe"]
+    here, there = (ask("layout", *words, *more)["ranks"][0] for more in ([], ["--platform", "cuda"]))
+    assert (here["cached"], there["cached"]) == (False, False)
+    for rank in (here, there):
+        assert rank["probe"]["agreed"] == rank["parameters"]
+    assert here["regions"] == there["regions"]
+    assert any(name.startswith("model.layers.0.self_attn.qkv_proj.weight_shape by vllm") for name in here["derived"])
 
 
 def test_plans_are_made_of_its_layouts(ask: Ask, tmp_path: Path) -> None:

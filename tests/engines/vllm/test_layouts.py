@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,23 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: ./dev engines makes an environment for it")
 
+import torch
+import transformers
+from formats import compressed, deepseek_v32
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
 from peerload.engines.checkpoint import ModelFiles
+from peerload.engines.twin import warn_once
 from peerload.engines.vllm import VERSION, build, load_weights, probe_layout, rank_of, trace_layout
 from peerload.errors import ConfigError, LayoutError
 from peerload.layout.agree import agree
 from peerload.layout.coverage import dropped
 from peerload.layout.loader import Traced, trace_loader
-from peerload.layout.probe import changes
-from peerload.manifest import Parallel
+from peerload.layout.probe import changes, groups_of
+from peerload.manifest import Catalog, Parallel
 from peerload.testing.families import FAMILIES, Family, write_family
 
 #: Checkpoint tensors that vLLM keeps in another dtype, and as what.
@@ -129,6 +135,158 @@ def test_no_loader_drops_what_a_parameter_waits_for(tmp_path: Path, family: Fami
     lost = dropped(traced, twin)
     assert [(path, names) for path, names in lost.items() if not all(name.endswith("g_idx") for name in names)] == []
     assert all("g_idx" in path for path in lost)
+
+
+ON_CUDA = [compressed(kind, word) for kind in ("llama", "qwen3_moe") for word in ("nvfp4", "nvfp4a16", "mxfp4", "w8a16", "w4a16")]
+
+
+@pytest.mark.parametrize("family", [*ON_CUDA, deepseek_v32()], ids=str)
+def test_formats_and_layers_that_only_a_gpu_serves(
+    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU host lacks their kernels, not their loaders."""
+    warn_once.cache_clear()
+    directory = write_family(tmp_path, family, weights=False)
+    for parallel in (Parallel(2), *([Parallel(2, ep=2)] if family.experts else [])):
+        traced = trace_layout(directory, parallel, 1, catalog=family.catalog)
+        covers = {name: d.covers for name, d in traced.derived.items() if " by vllm " in name}
+        probed = probe_layout(directory, parallel, 1, catalog=family.catalog, groups=groups_of(covers.values()))
+        assert agree(traced.layout, probed, covers) == []
+        assert not traced.hidden
+    if current_platform.is_cpu() and not family.name.endswith("w4a16"):
+        assert any("this model is built as on a CUDA host: vllm" in message for message in caplog.messages)
+    assert not hasattr(torch.ops._C, "cutlass_scaled_mm_supports_fp4") or not current_platform.is_cpu()
+
+
+def test_what_cannot_be_built_anywhere_says_why(tmp_path: Path) -> None:
+    """A GPU's answer counts only where there is one."""
+    family = compressed("llama", "nvfp4")
+    directory = write_family(tmp_path / "kv3", replace(family, config={**family.config, "num_key_value_heads": 3}), weights=False)
+    line = r"AssertionError at vllm/model_executor/models/llama\.py:\d+ \(assert .*num_kv_heads % tp_size == 0\)$"
+    with pytest.raises(LayoutError) as refused:
+        trace_layout(directory, Parallel(2), 0, catalog=family.catalog)
+    assert re.search(line, refused.value.message)
+    assert "try another parallel layout" in refused.value.next_step
+
+
+def small(kind: str, **more: object) -> dict[str, object]:
+    """Arguments of a transformers configuration."""
+    return {
+        "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, **more,
+    } | ({} if kind == "falcon" else {"intermediate_size": 512, "num_key_value_heads": 4})  # fmt: skip
+
+
+def saved(directory: Path, config: transformers.PreTrainedConfig, kind: type[transformers.PreTrainedModel]) -> Path:
+    """Its checkpoint, as transformers writes it."""
+    config.dtype, config.architectures = torch.bfloat16, [kind.__name__]
+    kind(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+TEXT = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "intermediate_size_mlp": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": 4, "pad_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 56,
+    "vision_output_dim": 128, "projector_input_dim": 128, "projector_output_dim": 128,
+}  # fmt: skip
+#: Models that vLLM builds in memory only: their constructors ask for values, or mix devices.
+IN_MEMORY = {
+    "apertus": lambda: (transformers.ApertusConfig(**small("apertus")), transformers.ApertusForCausalLM),
+    "bloom": lambda: (
+        transformers.BloomConfig(vocab_size=512, hidden_size=256, n_layer=2, n_head=8), transformers.BloomForCausalLM,
+    ),
+    "falcon-alibi": lambda: (
+        transformers.FalconConfig(**small("falcon", alibi=True, bias=True, multi_query=False, parallel_attn=False)),
+        transformers.FalconForCausalLM,
+    ),
+    "gemma3n": lambda: (
+        transformers.Gemma3nTextConfig(
+            vocab_size=512, vocab_size_per_layer_input=480, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size_per_layer_input=32, num_kv_shared_layers=2,
+            laurel_rank=16, altup_num_inputs=2, layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        transformers.Gemma3nForCausalLM,
+    ),
+    "llama4": lambda: (
+        transformers.Llama4Config(text_config=TEXT, vision_config=VISION), transformers.Llama4ForConditionalGeneration,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_models_that_cannot_be_built_on_meta_are_built_in_memory(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if name == "llama4":
+        pytest.importorskip("torchvision", reason="vLLM's models of images need torchvision")
+    warn_once.cache_clear()
+    directory = saved(tmp_path, *IN_MEMORY[name]())
+    caplog.clear()
+    traced = trace_layout(directory, Parallel(2), 1)
+    (message,) = [m for m in caplog.messages if "can't build this model without memory" in m]
+    assert re.search(r"so it is built in [0-9.]+ MB of it \((RuntimeError|NotImplementedError): .* at vllm/", message)
+    assert agree(traced.layout, probe_layout(directory, Parallel(2), 1)) == []
+
+
+def test_pooling_models_are_probed(tmp_path: Path) -> None:
+    """vLLM leaves the language model's head, which they don't have, on meta."""
+    config = transformers.Qwen3Config(**small("qwen3"), num_labels=3, pad_token_id=0)
+    directory = saved(tmp_path, config, transformers.Qwen3ForSequenceClassification)
+    traced = trace_layout(directory, Parallel(2), 1)
+    assert agree(traced.layout, probe_layout(directory, Parallel(2), 1)) == []
+    assert "score.weight" in traced.layout.buffer_names
+
+
+def test_experts_without_gates_are_built_as_on_a_cuda_host(tmp_path: Path) -> None:
+    config = transformers.NemotronHConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+        mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=16, n_groups=2, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_group=1, topk_group=1, n_shared_experts=1,
+        layers_block_type=["mamba", "moe", "attention"], chunk_size=16, max_position_embeddings=512,
+    )  # fmt: skip
+    directory = saved(tmp_path, config, transformers.NemotronHForCausalLM)
+    for parallel in (Parallel(2), Parallel(2, ep=2)):
+        traced = trace_layout(directory, parallel, 1)
+        covers = {name: d.covers for name, d in traced.derived.items() if " by vllm " in name}
+        assert agree(traced.layout, probe_layout(directory, parallel, 1, groups=groups_of(covers.values())), covers) == []
+        assert {d.covers for d in traced.derived.values()} >= {("backbone.layers.0.mixer.A_log",)}
+
+
+def test_a_loader_that_needs_values_says_where(tmp_path: Path) -> None:
+    family = FAMILIES["llama4"]
+    directory = write_family(tmp_path, family, weights=False)
+    with pytest.raises(LayoutError) as refused:
+        trace_layout(directory, Parallel(2, ep=2), 0, catalog=family.catalog)
+    tensor, line = (
+        r"feed_forward\.experts\.\w+_proj, .* asks for values",
+        r"RuntimeError: .* at vllm/.*/llama4\.py:\d+ \(.*\.item\(\)",
+    )
+    assert re.search(f"{tensor}.*: {line}", refused.value.message)
+
+
+def test_a_checkpoint_of_other_sizes_is_said(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    wrong = [t._replace(shape=(512, *t.shape[1:])) if "k_norm" in t.name or "0.input_layernorm" in t.name else t
+             for t in family.tensors]  # fmt: skip
+    directory = write_family(tmp_path, family, weights=False)
+    with pytest.raises(
+        LayoutError, match=r"^model\.layers\.0\.input_layernorm\.weight.*: the engine's loader fails: .* at vllm/"
+    ) as refused:
+        trace_layout(directory, catalog=Catalog.of(wrong))
+    assert "compare the checkpoint's tensors with its config.json" in refused.value.next_step
+
+
+def test_a_collective_operation_is_refused_by_name(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    with rank_of(write_family(tmp_path, family, weights=False), Parallel(2), 0):
+        group = parallel_state.get_tp_group()
+        for collective in (lambda: torch.distributed.all_reduce(torch.ones(1), group=group.device_group),
+                           lambda: group.all_reduce(torch.ones(1))):  # fmt: skip
+            with pytest.raises((RuntimeError, ValueError), match="ommunicat"):
+                collective()
 
 
 def test_pipeline_stages_hold_their_layers_only(tmp_path: Path) -> None:
