@@ -1,4 +1,4 @@
-"""Regenerate `src/peerload/rpc/_generated` from `src/peerload/rpc/*.proto`; with `--check`, only compare.
+"""Regenerate `src/peerload/coordinator/_generated` from `src/peerload/coordinator/*.proto`; with `--check`, only compare.
 
 Needs the `dev` extra (grpcio-tools, mypy-protobuf). Exit code 1: the committed code is stale.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from grpc_tools import protoc  # type: ignore[import-untyped]
 
-RPC = Path(__file__).resolve().parent.parent / "src" / "peerload" / "rpc"
+RPC = Path(__file__).resolve().parent.parent / "src" / "peerload" / "coordinator"
 #: The path under which protoc sees the files, so that generated code imports itself from inside the package.
-PACKAGE = "peerload/rpc/_generated"
+PACKAGE = "peerload/coordinator/_generated"
 
 
 def generate(out: Path) -> dict[str, str]:

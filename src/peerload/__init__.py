@@ -8,35 +8,27 @@ with peerload.seed(model, config):       # offer them to whoever starts next
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Final
 
 #: Where the public names live; their types are in `__init__.pyi`.
 _HOME: Final = {
-    "Config": "config", "ModelSeed": "engines.api", "PeerloadError": "errors", "Receipt": "receipt", "load": "engines.api",
-    "seed": "engines.api",
-}  # fmt: skip
+    "Config": "config",
+    "ModelSeed": "engines.transformers.api",
+    "PeerloadError": "errors",
+    "Receipt": "receipt",
+    "load": "engines.transformers.api",
+    "seed": "engines.transformers.api",
+}
 __all__ = sorted(_HOME)
 
 
-class _Package(ModuleType):
-    """Here `load` and `seed` are functions. The modules of these names don't take their place when they are imported."""
-
-    def __getattr__(self, name: str) -> object:
-        """Each name is imported when it is first asked for (PEP 562's laziness, for a module of our own class)."""
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> object:
+    """Each name is imported when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from peerload.transport.files import FileSet, FilesTransport
 from peerload.transport.local import LocalTransport
 from peerload.transport.memory import MemoryTransport
 from peerload.transport.nixl import NixlTransport
-from peerload.transport.registry import cma_error, probe
+from peerload.transport.probes import cma_error, probe
 
 cma = pytest.mark.skipif(cma_error() != 0, reason=f"process_vm_readv: {os.strerror(cma_error())}")
 nixl = pytest.mark.skipif(not probe("nixl").available, reason=probe("nixl").reason)

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 
-from peerload.manifest import Parallel
+from peerload.model.catalog import Parallel
 from peerload.testing.instances import CONFIG, Life, Result
 from peerload.testing.layouts import llama
 from peerload.transport.base import Transport
 from peerload.transport.faulty import Faults, Faulty
-from peerload.transport.registry import probe
+from peerload.transport.probes import probe
 
 #: 6.5 MB.
 MODEL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
@@ -30,7 +30,10 @@ needs_nixl = pytest.mark.skipif(not HAVE_NIXL, reason="nixl is not installed")
 
 @contextmanager
 def coordinator_process(store: str = "memory", listen: str = "127.0.0.1:0") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    code = "import sys; from peerload.rpc.server import serve; c = serve(*sys.argv[1:]); print(c.address, flush=True); c.wait()"
+    code = (
+        "import sys; from peerload.coordinator.server import serve; "
+        "c = serve(*sys.argv[1:]); print(c.address, flush=True); c.wait()"
+    )
     with subprocess.Popen([sys.executable, "-c", code, listen, store], stdout=subprocess.PIPE, text=True) as running:
         try:
             assert running.stdout is not None

@@ -18,7 +18,7 @@ from peerload.deadline import Deadline
 #: A rank that takes part in the rounds of the group "target", and says what came of it.
 RANK = """
 import sys
-from peerload.rpc.client import CoordinatorClient
+from peerload.coordinator.client import CoordinatorClient
 from peerload.deadline import Deadline
 from peerload.errors import PeerloadError
 url, rank, size, rounds, deadline_s = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
@@ -31,7 +31,7 @@ with CoordinatorClient(url) as client:
 """
 COORDINATOR = """
 import sys
-from peerload.rpc.server import serve
+from peerload.coordinator.server import serve
 running = serve(*sys.argv[1:])
 print(running.address, flush=True)
 running.wait()

@@ -15,9 +15,9 @@ import torch
 from conftest import coordinator_process
 
 import peerload
+from peerload.coordinator.client import CoordinatorClient
 from peerload.engines.checkpoint import Checkpoint
 from peerload.errors import ConfigError
-from peerload.rpc.client import CoordinatorClient
 from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running, spoil
 
 pytestmark = pytest.mark.e2e

@@ -26,8 +26,9 @@ from safetensors import safe_open  # noqa: E402
 from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
-from peerload.manifest import Endpoint, ModelKey, SourceId  # noqa: E402
-from peerload.rpc.client import CoordinatorClient, Lease  # noqa: E402
+from peerload.coordinator.client import CoordinatorClient, Lease  # noqa: E402
+from peerload.model.catalog import ModelKey  # noqa: E402
+from peerload.model.offer import Endpoint, SourceId  # noqa: E402
 from peerload.testing.checkpoints import make_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.e2e

@@ -16,8 +16,13 @@ import pytest
 from coordinators import answer, kill, process, rank_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from peerload.coordinator import codec
+from peerload.coordinator._generated import peerload_pb2 as pb
+from peerload.coordinator._generated import peerload_pb2_grpc as pb_grpc
+from peerload.coordinator.ballot import Round
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.server import Coordinator, serve
 from peerload.deadline import Deadline
-from peerload.directory import Round
 from peerload.errors import (
     CommitError,
     ConfigError,
@@ -29,25 +34,10 @@ from peerload.errors import (
     ManifestError,
     PeerloadError,
 )
-from peerload.geometry import Box
-from peerload.manifest import (
-    Binding,
-    Catalog,
-    Endpoint,
-    Layout,
-    ModelKey,
-    Offer,
-    Parallel,
-    Piece,
-    Pieces,
-    SourceId,
-    TensorSpec,
-)
-from peerload.rpc import codec
-from peerload.rpc._generated import peerload_pb2 as pb
-from peerload.rpc._generated import peerload_pb2_grpc as pb_grpc
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import Coordinator, serve
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
+from peerload.model.offer import Binding, Endpoint, Offer, SourceId
 
 MODEL = ModelKey("org/llama", "r1")
 

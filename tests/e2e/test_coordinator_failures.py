@@ -24,16 +24,17 @@ import pytest
 from coordinators import Network, answer, kill, process, rank_process, rss_mb, until
 from test_coordinator import MODEL, offer
 
+from peerload.coordinator import codec
+from peerload.coordinator._generated import peerload_pb2 as pb
+from peerload.coordinator._generated import peerload_pb2_grpc as pb_grpc
+from peerload.coordinator.ballot import Round
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.directory import FENCE_S
+from peerload.coordinator.server import serve
+from peerload.coordinator.store import Store
 from peerload.deadline import Deadline
-from peerload.directory import FENCE_S, Round
 from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded, HostError
-from peerload.manifest import SourceId
-from peerload.rpc import codec
-from peerload.rpc._generated import peerload_pb2 as pb
-from peerload.rpc._generated import peerload_pb2_grpc as pb_grpc
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import serve
-from peerload.rpc.store import Store
+from peerload.model.offer import SourceId
 
 OPEN = {Round("target", 0): (1,)}
 
@@ -173,8 +174,8 @@ def test_discovering_waits_for_a_coordinator_until_its_own_deadline(tmp_path: Pa
 
 def test_a_coordinator_that_was_stopped_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than one call waits; shortened here, so that nobody waits for a test."""
-    monkeypatch.setattr("peerload.rpc.client._AGREE_WAIT_S", 1.0)
-    monkeypatch.setattr("peerload.rpc.client._LATE_S", 1.0)
+    monkeypatch.setattr("peerload.coordinator.client._AGREE_WAIT_S", 1.0)
+    monkeypatch.setattr("peerload.coordinator.client._LATE_S", 1.0)
     with process("memory") as (running, address), CoordinatorClient(address) as client, ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.agree, "target", 0, 0, 2, b"0", Deadline.after(60))
         until(lambda: client.status().open_rounds == OPEN)

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from peerload.cli import main  # noqa: E402
-from peerload.engines import transformers as adapter  # noqa: E402
 from peerload.engines.checkpoint import Checkpoint  # noqa: E402
+from peerload.engines.transformers import open as adapter  # noqa: E402
 from peerload.testing.checkpoints import Family, make_checkpoint, model_config  # noqa: E402
 
 FAMILIES: tuple[Family, ...] = get_args(Family)

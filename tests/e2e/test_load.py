@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import MODEL, good, needs_nixl, only, seed, target
 
-from peerload import exchange
-from peerload.bare import BareRank
+from peerload.coordinator.client import CoordinatorClient
+from peerload.engines.bare import BareRank
 from peerload.errors import PlanError
-from peerload.manifest import ModelKey, Parallel
-from peerload.rpc.client import CoordinatorClient
-from peerload.seed import Seed
+from peerload.job import exchange
+from peerload.job.seed import Seed
+from peerload.model.catalog import ModelKey, Parallel
 from peerload.testing.instances import CONFIG, SeedProcess, load_ranks, on_disk
 from peerload.testing.layouts import layout, llama
 from peerload.transport.base import Limits, Transport
@@ -147,12 +147,12 @@ MEASURE = """
 import json, sys
 from contextlib import closing
 from pathlib import Path
-from peerload import exchange
-from peerload.bare import BareRank
+from peerload.job import exchange
+from peerload.engines.bare import BareRank
 from peerload.config import Config
-from peerload.load import Job, Member, load
-from peerload.manifest import ModelKey, Parallel
-from peerload.rpc.client import CoordinatorClient
+from peerload.job.load import Job, Member, load
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layout, llama
 from peerload.transport.base import Limits
 from peerload.transport.local import LocalTransport

@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 from conftest import MODEL, NAME, Slow, coordinator_process, faulty, good, only, seed, target
 
-from peerload.bare import BareRank
+from peerload.coordinator.client import CoordinatorClient
 from peerload.deadline import Deadline
+from peerload.engines.bare import BareRank
 from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded
-from peerload.geometry import Box, IntArray
-from peerload.load import Job, Member, load
-from peerload.manifest import Catalog, Layout, ModelKey, Parallel, Piece, Pieces, TensorSpec
-from peerload.rpc.client import CoordinatorClient
-from peerload.seed import Seed
+from peerload.integrity.claims import Measured
+from peerload.job.load import Job, Member, load
+from peerload.job.seed import Seed
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
 from peerload.testing.instances import CONFIG, SeedProcess, TargetProcess, content, load_ranks, on_disk
 from peerload.testing.layouts import layout
 from peerload.transport.faulty import Faults
 from peerload.transport.local import LocalTransport
 from peerload.transport.registry import opened_transports
-from peerload.verify import Measured
 
 pytestmark = pytest.mark.e2e
 
@@ -144,11 +145,11 @@ def holder(stack: ExitStack, made: Layout) -> tuple[IntArray, LocalTransport]:
 CTRL_C = """
 import time
 from contextlib import closing
-from peerload.bare import BareRank
+from peerload.engines.bare import BareRank
 from peerload.config import Config
-from peerload.load import Job, Member, load
-from peerload.manifest import ModelKey, Parallel
-from peerload.rpc.client import CoordinatorClient
+from peerload.job.load import Job, Member, load
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layout, llama
 from peerload.transport.base import Limits
 from peerload.transport.faulty import Faults, Faulty

@@ -15,7 +15,7 @@ from conftest import MODEL, Slow, faulty, good, needs_nixl, only, seed, target
 
 from peerload.config import Config
 from peerload.errors import CommitError, PlanError, SourcesExhausted, VerifyError
-from peerload.manifest import Parallel
+from peerload.model.catalog import Parallel
 from peerload.testing.instances import CONFIG, SeedProcess, load_ranks, on_disk
 from peerload.transport.faulty import Faults
 

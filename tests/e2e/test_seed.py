@@ -18,19 +18,20 @@ from typing import Any
 import pytest
 from conftest import coordinator_process
 
-from peerload.bare import BareRank, bare_ranks
 from peerload.config import Config
+from peerload.coordinator.client import CoordinatorClient, Lease
+from peerload.coordinator.server import Coordinator, serve
+from peerload.engines.bare import BareRank, bare_ranks
 from peerload.errors import CommitError, CoordinatorError, HostError, LeaseSuperseded, PlanError, VerifyError
-from peerload.load import Member
-from peerload.manifest import ModelKey, Parallel, SourceId
-from peerload.rpc.client import CoordinatorClient, Lease
-from peerload.rpc.server import Coordinator, serve
-from peerload.seed import Seed
-from peerload.space import HOST, Fence, Host, digest_layout
+from peerload.job.load import Member
+from peerload.job.seed import Seed
+from peerload.memory.space import HOST, Fence, Host, digest_layout
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.model.offer import SourceId
 from peerload.testing.instances import Life, SeedProcess, load_ranks, on_disk
 from peerload.testing.layouts import layout, llama, tiny_llama
-from peerload.transport.host import boot_id
 from peerload.transport.local import LocalTransport
+from peerload.transport.process import boot_id
 
 pytestmark = pytest.mark.e2e
 
@@ -282,7 +283,7 @@ class TestEnds:
 
     def test_a_silent_coordinator_does_not_hold_up_the_end(self, rank: BareRank, local: LocalTransport) -> None:
         """Stopped, not dead: it accepts and never answers."""
-        code = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0'); print(c.address, flush=True); c.wait()"
+        code = "from peerload.coordinator.server import serve; c = serve('127.0.0.1:0'); print(c.address, flush=True); c.wait()"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             with CoordinatorClient(process.stdout.readline().strip()) as client:
@@ -349,11 +350,11 @@ SMALL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32,
 #: Two ranks in one process, which the reports of progress make slow.
 CTRL_C = """
 import sys, time
-from peerload.bare import bare_ranks
+from peerload.engines.bare import bare_ranks
 from peerload.config import Config
-from peerload.load import Member
-from peerload.manifest import ModelKey, Parallel
-from peerload.rpc.client import CoordinatorClient
+from peerload.job.load import Member
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layouts, llama
 from peerload.transport.base import Limits
 from peerload.transport.local import LocalTransport

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerload.manifest import Layout, Parallel
+from peerload.model.catalog import Parallel
+from peerload.model.layout import Layout
 
 distributed = pytest.importorskip("transformers.distributed")
 
@@ -65,7 +66,7 @@ def compare(directory: Path, parallel: Parallel, rank: int) -> dict[str, Any]:
     import torch
 
     from peerload.engines.checkpoint import Checkpoint
-    from peerload.engines.transformers import greedy, open_model, parameters_of, stock_model
+    from peerload.engines.transformers.open import greedy, open_model, parameters_of, stock_model
 
     checkpoint = Checkpoint.open(directory)
     opened = open_model(directory, checkpoint.catalog, parallel, rank=rank)
@@ -139,7 +140,7 @@ CASES = [
 @pytest.mark.e2e
 @pytest.mark.parametrize("models", CASES)
 def test_opened_and_filled_equals_the_stock_load(tmp_path: Path, models: list[tuple[Any, dict[str, Any], Parallel]]) -> None:
-    from peerload.engines.transformers import layout_for
+    from peerload.engines.transformers.open import layout_for
     from peerload.testing.checkpoints import make_checkpoint
 
     cases = [(make_checkpoint(tmp_path / str(i), f, **changes), p) for i, (f, changes, p) in enumerate(models)]
@@ -169,7 +170,7 @@ def resident_nbytes() -> int:
 def growth_on_opening(warm: Path, directory: Path) -> tuple[int, int]:
     """(bytes of the model's parameters, bytes touched by opening it) in a process that has opened another one before."""
     from peerload.engines.checkpoint import Checkpoint
-    from peerload.engines.transformers import open_model
+    from peerload.engines.transformers.open import open_model
 
     open_model(warm, Checkpoint.open(warm).catalog)
     before = resident_nbytes()

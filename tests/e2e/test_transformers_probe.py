@@ -12,11 +12,11 @@ pytest.importorskip("transformers.distributed")
 from transformers.distributed import DistributedConfig
 
 from peerload.engines.checkpoint import ModelFiles
-from peerload.engines.transformers import layout_for
-from peerload.engines.transformers_probe import probe_layout
-from peerload.layout.agree import agree
-from peerload.manifest import Parallel
+from peerload.engines.transformers.open import layout_for
+from peerload.engines.transformers.probe import probe_layout
+from peerload.model.catalog import Parallel
 from peerload.testing.families import FAMILIES
+from peerload.tracing.probe.agree import agree
 
 pytestmark = pytest.mark.e2e
 HAS_EP = hasattr(DistributedConfig, "ep_size")

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peerload.config import Config
+from peerload.coordinator.client import CoordinatorClient
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
 from peerload.errors import CommitError, ConfigError, CoordinatorError, LayoutError, PlanError, VerifyError
-from peerload.manifest import ModelKey, Parallel
+from peerload.model.catalog import ModelKey, Parallel
 from peerload.receipt import Receipt
-from peerload.rpc.client import CoordinatorClient
 
 HIDDEN, INTER = 64, 96
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from peerload.directory import Aborted, Agreed, Ballot, Directory, Event, Outcome, Record, Round
+from peerload.coordinator.ballot import Aborted, Agreed, Ballot, Outcome, Round
+from peerload.coordinator.directory import Directory, Event, Record
 from peerload.errors import PeerloadError
-from peerload.manifest import ModelKey, SourceId
+from peerload.model.catalog import ModelKey
+from peerload.model.offer import SourceId
 
 FOLDER = Path(__file__).parent / "directory"
 

@@ -11,11 +11,12 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from peerload.config import Config
-from peerload.manifest import Layout, ModelKey, Parallel
-from peerload.memory import Arena
-from peerload.rpc.client import CoordinatorClient
-from peerload.seed import Seed
-from peerload.space import space_on
+from peerload.coordinator.client import CoordinatorClient
+from peerload.job.seed import Seed
+from peerload.memory.arena import Arena
+from peerload.memory.space import space_on
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.model.layout import Layout
 from peerload.testing.gpu import DeviceArena
 from peerload.testing.instances import content
 from peerload.testing.layouts import Model, layout

@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 from gpu_support import needs_gpus
 
-from peerload.batch import Batch
 from peerload.config import Config
-from peerload.cuda.driver import Device, Stream
-from peerload.cuda.probe import share
 from peerload.deadline import Deadline
 from peerload.errors import DeadlineExceeded, HostError, SourceLost, SourceUnreachable
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
+from peerload.memory.cuda.driver import Device, Stream
+from peerload.memory.cuda.share import share
+from peerload.memory.region import Region
+from peerload.planning.batch import Batch
 from peerload.testing.gpu import DeviceArena
 from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import Destination, Source, TransportConformance, strided
-from peerload.transport.base import Region, Transport
+from peerload.transport.base import Transport
 from peerload.transport.cuda_ipc import CudaIpcTransport, Description
-from peerload.transport.registry import open_transport, open_transports, probe
+from peerload.transport.probes import probe
+from peerload.transport.registry import open_transport, open_transports
 
 pytestmark = needs_gpus()
 GPU = "cuda:0"
@@ -95,7 +97,7 @@ def test_hundreds_of_small_tensors_that_share_blocks_each_keep_their_place() -> 
 DESCRIBING = """
 import sys, torch
 from peerload.errors import HostError
-from peerload.memory import placed, regions_for
+from peerload.memory.placing import placed, regions_for
 from peerload.transport.cuda_ipc import CudaIpcTransport
 tensors = [torch.full((n,), 7, dtype=torch.uint8, device="cuda:0") for n in (1000, 30 << 20)]
 transport = CudaIpcTransport("cuda:0")
@@ -120,9 +122,9 @@ def test_memory_that_cant_be_shared_is_refused_by_name(allocator: str, registrat
 LANDING = """
 import base64, sys, torch
 import numpy as np
-from peerload.batch import Batch
+from peerload.planning.batch import Batch
 from peerload.deadline import Deadline
-from peerload.memory import placed, regions_for
+from peerload.memory.placing import placed, regions_for
 from peerload.transport.cuda_ipc import CudaIpcTransport
 address, nbytes = int(sys.argv[2]), int(sys.argv[3])
 tensor = torch.zeros(nbytes, dtype=torch.uint8, device="cuda:0")

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from gpu_support import needs_gpus
 
-from peerload.batch import Batch
 from peerload.config import Config
-from peerload.cuda.driver import Device
-from peerload.cuda.mover import Pinned
 from peerload.deadline import Deadline
-from peerload.digest import digest_boxes
-from peerload.manifest import FENCE_NBYTES, ITEMSIZE, Catalog, Constant, TensorSpec
-from peerload.memory import Arena, copy, fill
-from peerload.space import Space, space_on
+from peerload.integrity.digest import digest_boxes
+from peerload.memory.arena import Arena, copy, fill
+from peerload.memory.cuda.driver import Device
+from peerload.memory.cuda.mover import Pinned
+from peerload.memory.space import Space, space_on
+from peerload.model.catalog import ITEMSIZE, Catalog, TensorSpec
+from peerload.model.layout import Constant
+from peerload.model.offer import FENCE_NBYTES
+from peerload.planning.batch import Batch
 from peerload.testing.gpu import DeviceArena
 from peerload.testing.source_process import content
 from peerload.testing.transport_conformance import strided

@@ -15,12 +15,13 @@ from gpu_seed import CONFIG, GpuRank, GpuSeeds
 from gpu_support import needs_gpus
 
 from peerload.config import Config
-from peerload.cuda import driver
+from peerload.coordinator.client import CoordinatorClient
 from peerload.errors import PeerloadError, PlanError, VerifyError
-from peerload.load import Job, Member, load
-from peerload.manifest import ModelKey, Offer, Parallel
+from peerload.job.load import Job, Member, load
+from peerload.memory.cuda import driver
+from peerload.model.catalog import ModelKey, Parallel
+from peerload.model.offer import Offer
 from peerload.receipt import Receipt
-from peerload.rpc.client import CoordinatorClient
 from peerload.testing.instances import on_disk
 from peerload.testing.layouts import layout, llama
 from peerload.testing.layouts.presets import tiny_deepseek, tiny_qwen3_moe
@@ -32,7 +33,10 @@ MODEL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32,
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    code = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+    code = (
+        "from peerload.coordinator.server import serve; "
+        "c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         yield running.stdout.readline().strip()

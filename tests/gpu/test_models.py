@@ -21,7 +21,10 @@ pytestmark = needs_gpus()
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    code = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+    code = (
+        "from peerload.coordinator.server import serve; "
+        "c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         yield running.stdout.readline().strip()

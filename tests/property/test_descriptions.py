@@ -14,20 +14,21 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from peerload.cuda.driver import HANDLE_NBYTES
 from peerload.deadline import Deadline
 from peerload.errors import SourceUnreachable
-from peerload.memory import Arena
-from peerload.transport import attached, cuda_ipc, nixl
+from peerload.memory.arena import Arena
+from peerload.memory.cuda.driver import HANDLE_NBYTES
+from peerload.transport import cuda_ipc, nixl
+from peerload.transport import local_peer as attached
 from peerload.transport.base import Limits, Transport
-from peerload.transport.deferred import Deferred
 from peerload.transport.descriptions import TOP, decode, encode
 from peerload.transport.faulty import Faulty
 from peerload.transport.files import FileSet, FilesTransport
-from peerload.transport.host import boot_id
 from peerload.transport.local import LocalTransport
 from peerload.transport.memory import MemoryTransport
-from peerload.transport.registry import probe
+from peerload.transport.on_demand import Deferred
+from peerload.transport.probes import probe
+from peerload.transport.process import boot_id
 
 #: Any JSON, and numbers and strings at the edges of what is allowed.
 EDGES = st.sampled_from([

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.digest import PRIME, add_up, digest_boxes, tensor_keys
-from peerload.geometry import Box
-from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, TensorSpec
-from peerload.space import HOST, digest_layout
+from peerload.integrity.digest import PRIME, add_up, digest_boxes, tensor_keys
+from peerload.memory.space import HOST, digest_layout
+from peerload.model.boxes import Box
+from peerload.model.catalog import ITEMSIZE, Catalog, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
 
 SEGMENT = 1024
 MASK = (1 << 64) - 1

@@ -17,7 +17,7 @@ safetensors = pytest.importorskip("safetensors")
 
 from peerload.engines.checkpoint import Checkpoint  # noqa: E402
 from peerload.errors import ConfigError, ManifestError  # noqa: E402
-from peerload.manifest import ITEMSIZE, MAX_DIMENSIONS  # noqa: E402
+from peerload.model.catalog import ITEMSIZE, MAX_DIMENSIONS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 NAMES = st.text(alphabet="abw.01\u00e9\U0001f600", min_size=1, max_size=6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peerload.manifest import Parallel
+from peerload.model.catalog import Parallel
 from peerload.testing.layouts import Held, layout, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
 from peerload.testing.machine import load_exactly, numbers, on_disk, running
 from peerload.testing.oracle import scattered, shards

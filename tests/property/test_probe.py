@@ -13,12 +13,14 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from peerload.errors import ConfigError, LayoutError  # noqa: E402
-from peerload.geometry import Box  # noqa: E402
-from peerload.layout.agree import agree  # noqa: E402
-from peerload.layout.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
-from peerload.layout.compress import strided_boxes, strided_runs  # noqa: E402
-from peerload.layout.decoded import decoded_layout, told_boxes  # noqa: E402
-from peerload.layout.probe import (  # noqa: E402
+from peerload.model.boxes import Box  # noqa: E402
+from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
+from peerload.model.layout import Constant, Layout, Piece, Pieces  # noqa: E402
+from peerload.tracing.probe.agree import agree  # noqa: E402
+from peerload.tracing.probe.boxes import strided_boxes, strided_runs  # noqa: E402
+from peerload.tracing.probe.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
+from peerload.tracing.probe.decoded import decoded_layout, told_boxes  # noqa: E402
+from peerload.tracing.probe.run import (  # noqa: E402
     COMPUTED,
     CONSTANT,
     MOST_GROUPS,
@@ -28,8 +30,7 @@ from peerload.layout.probe import (  # noqa: E402
     groups_of,
     probe,
 )
-from peerload.layout.trace import DTYPES, Recorder, layout_of  # noqa: E402
-from peerload.manifest import Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec  # noqa: E402
+from peerload.tracing.recorder import DTYPES, Recorder, layout_of  # noqa: E402
 
 common = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0")

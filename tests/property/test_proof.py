@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from peerload.errors import ManifestError, PlanError
-from peerload.geometry import Box, IntArray
-from peerload.manifest import Binding, Catalog, Layout, Offer, Opaque, Parallel, Piece, Pieces, SourceId, TensorSpec
-from peerload.plan import Plan, make_plan
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import Catalog, Parallel, TensorSpec
+from peerload.model.layout import Layout, Opaque, Piece, Pieces
+from peerload.model.offer import Binding, Offer, SourceId
+from peerload.planning.plan import Plan, make_plan
 from peerload.testing.layouts import Held, layout, tiny_deepseek, tiny_llama
 from peerload.testing.machine import Instance, load_exactly, numbers, on_disk, running
 from peerload.testing.oracle import numbered, scattered, shards

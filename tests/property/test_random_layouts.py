@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from peerload.errors import PlanError
-from peerload.geometry import Box
-from peerload.manifest import Catalog, Layout
-from peerload.plan import Plan, make_plan
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog
+from peerload.model.layout import Layout
+from peerload.planning.plan import Plan, make_plan
 from peerload.testing.machine import Instance, behind, carry_out, fresh, load_exactly
 from peerload.testing.oracle import numbered, scattered
 from peerload.testing.strategies import catalogs, instances, partitions

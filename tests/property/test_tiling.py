@@ -9,11 +9,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.digest import PRIME
-from peerload.geometry import Box
-from peerload.manifest import Catalog, SourceId, TensorSpec
-from peerload.tiling import dense
-from peerload.verify import Claims, Measured, State, compare
+from peerload.integrity.claims import Claims, Measured
+from peerload.integrity.digest import PRIME
+from peerload.integrity.tiling import dense
+from peerload.integrity.verdict import State, compare
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, TensorSpec
+from peerload.model.offer import SourceId
 
 SHAPE = (3, 4)
 CATALOG = Catalog.of([TensorSpec("a", "U8", SHAPE), TensorSpec("b", "U8", SHAPE)])

@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from peerload.errors import LayoutError  # noqa: E402
-from peerload.layout.loader import trace_loader  # noqa: E402
-from peerload.manifest import Catalog, Parallel, TensorSpec  # noqa: E402
+from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
 from peerload.testing.loader_oracle import differences, values_of  # noqa: E402
+from peerload.tracing.trace import trace_loader  # noqa: E402
 
 CATALOG = Catalog.of([
     TensorSpec("a", "BF16", (6, 4)), TensorSpec("b", "F32", (6, 4)), TensorSpec("c", "BF16", (4, 6)),

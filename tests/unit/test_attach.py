@@ -15,26 +15,28 @@ import numpy as np
 import pytest
 import torch
 
-from peerload.bare import BareRank
-from peerload.batch import Batch
 from peerload.config import Config
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.server import serve
 from peerload.deadline import Deadline
+from peerload.engines.bare import BareRank
 from peerload.errors import HostError, SourceLost
-from peerload.load import Job, Member, load
-from peerload.manifest import Binding, Endpoint, Offer, Parallel, SourceId
-from peerload.memory import Arena
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import serve
-from peerload.seed import Seed
-from peerload.space import HOST, digest_layout
+from peerload.job.load import Job, Member, load
+from peerload.job.seed import Seed
+from peerload.memory.arena import Arena
+from peerload.memory.region import Region
+from peerload.memory.space import HOST, digest_layout
+from peerload.model.catalog import Parallel
+from peerload.model.offer import Binding, Endpoint, Offer, SourceId
+from peerload.planning.batch import Batch
 from peerload.testing.instances import Life, SeedProcess, TargetProcess, content, differences, load_ranks
 from peerload.testing.layouts import layout, llama
 from peerload.testing.source_process import SourceProcess
 from peerload.testing.source_process import content as known
 from peerload.testing.transport_conformance import strided
-from peerload.transport.base import Region
 from peerload.transport.local import LocalTransport
-from peerload.transport.registry import cma_error, open_transports
+from peerload.transport.probes import cma_error
+from peerload.transport.registry import open_transports
 
 pytestmark = pytest.mark.skipif(cma_error() != 0, reason="process_vm_readv is forbidden here, so nothing is attached")
 

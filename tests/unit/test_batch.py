@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.batch import LEVELS, Batch
-from peerload.geometry import byte_extents
+from peerload.model.boxes import byte_extents
 from peerload.native.columns import Columns
+from peerload.planning.batch import LEVELS, Batch
 from peerload.testing.transport_conformance import strided
-from peerload.transport.crew import CHUNK_NBYTES, chunked
+from peerload.transport.threads import CHUNK_NBYTES, chunked
 
 Bytes = npt.NDArray[np.uint8]
 ROOM = 1 << 16

@@ -14,15 +14,16 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
-from peerload.batch import Batch  # noqa: E402
 from peerload.deadline import Deadline  # noqa: E402
-from peerload.engines.architecture import catalog_of, config_of  # noqa: E402
 from peerload.engines.checkpoint import Checkpoint, ModelFiles, name_of  # noqa: E402
-from peerload.engines.transformers import layout_for  # noqa: E402
+from peerload.engines.transformers.architecture import catalog_of, config_of  # noqa: E402
+from peerload.engines.transformers.open import layout_for  # noqa: E402
 from peerload.errors import ConfigError, HostError, LayoutError, ManifestError  # noqa: E402
-from peerload.manifest import Catalog, Layout, ModelKey, Parallel, TensorSpec  # noqa: E402
+from peerload.memory.region import Region  # noqa: E402
+from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec  # noqa: E402
+from peerload.model.layout import Layout  # noqa: E402
+from peerload.planning.batch import Batch  # noqa: E402
 from peerload.testing.checkpoints import Family, make_checkpoint, model_config, tokenizer  # noqa: E402
-from peerload.transport.base import Region  # noqa: E402
 from peerload.transport.files import FilesTransport  # noqa: E402
 
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe")

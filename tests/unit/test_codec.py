@@ -17,26 +17,13 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerload.coordinator import codec
+from peerload.coordinator._generated import peerload_pb2 as pb
 from peerload.errors import ManifestError
-from peerload.geometry import Box
-from peerload.manifest import (
-    ITEMSIZE,
-    Binding,
-    Catalog,
-    Constant,
-    Endpoint,
-    Layout,
-    ModelKey,
-    Offer,
-    Opaque,
-    Parallel,
-    Piece,
-    Pieces,
-    SourceId,
-    TensorSpec,
-)
-from peerload.rpc import codec
-from peerload.rpc._generated import peerload_pb2 as pb
+from peerload.model.boxes import Box
+from peerload.model.catalog import ITEMSIZE, Catalog, ModelKey, Parallel, TensorSpec
+from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
+from peerload.model.offer import Binding, Endpoint, Offer, SourceId
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,8 @@ import pytest
 from peerload.cli import _Formatter
 from peerload.console import Console
 from peerload.errors import CommitError, ManifestError, PlanError, Refusal, printable
-from peerload.manifest import ModelKey, SourceId
+from peerload.model.catalog import ModelKey
+from peerload.model.offer import SourceId
 
 EVIL = "m\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202egnp\u2028\ud800[bold]x[/bold]"
 HARMLESS = r"m\x1b[2J\x1b]0;owned\x07\x0d\u009b31m\u202egnp\u2028\ud800[bold]x[/bold]"

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.batch import Batch
-from peerload.cuda import copies, digest, kernels
-from peerload.digest import digest_boxes, fold, tensor_keys
-from peerload.manifest import ITEMSIZE, Catalog, TensorSpec
-from peerload.memory import copy
+from peerload.integrity.digest import digest_boxes, fold, tensor_keys
+from peerload.memory.arena import copy
+from peerload.memory.cuda import copies, digest, kernels
+from peerload.model.catalog import ITEMSIZE, Catalog, TensorSpec
+from peerload.planning.batch import Batch
 from peerload.testing.transport_conformance import strided
 
 #: What a GPU's compiler gives and a host's doesn't.

@@ -20,11 +20,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed import DistributedConfig
 
 from peerload.engines.checkpoint import ModelFiles
-from peerload.engines.declared import Cut, Share, cuts_of, shares
-from peerload.engines.live import live_model
-from peerload.engines.transformers import open_model
+from peerload.engines.transformers.declared import Cut, Share, cuts_of, shares
+from peerload.engines.transformers.live import live_model
+from peerload.engines.transformers.open import open_model
 from peerload.errors import LayoutError
-from peerload.manifest import Layout, Parallel
+from peerload.model.catalog import Parallel
+from peerload.model.layout import Layout
 from peerload.testing.families import FAMILIES, Family
 
 

@@ -11,23 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from peerload.config import LONGEST_S
-from peerload.directory import (
-    DECISION_S,
-    Aborted,
-    Agreed,
-    Ballot,
-    BallotFull,
-    BallotLimits,
-    Change,
-    Directory,
-    Event,
-    Outcome,
-    Pending,
-    Record,
-    Round,
-)
+from peerload.coordinator.ballot import DECISION_S, Aborted, Agreed, Ballot, BallotFull, BallotLimits, Outcome, Pending, Round
+from peerload.coordinator.directory import Change, Directory, Event, Record
 from peerload.errors import LeaseSuperseded, LeaseUnknown, ManifestError
-from peerload.manifest import ModelKey, SourceId
+from peerload.model.catalog import ModelKey
+from peerload.model.offer import SourceId
 
 MODEL = ModelKey("llama", "r1")
 FENCE_S = 40.0

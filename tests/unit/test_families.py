@@ -15,7 +15,7 @@ QUANTIZED = [family for family in FAMILIES.values() if family.quantization != "b
 
 @pytest.mark.parametrize("family", PLAIN, ids=str)
 def test_transformers_would_save_these_tensors(family: Family) -> None:
-    architecture = pytest.importorskip("peerload.engines.architecture", reason="needs transformers")
+    architecture = pytest.importorskip("peerload.engines.transformers.architecture", reason="needs transformers")
     files = ModelFiles({"config.json": json.dumps(family.config).encode()})
     assert sorted(architecture.catalog_of(files)) == sorted(family.tensors)
 

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import DeadlineExceeded, SourceLost
-from peerload.transport.base import Region
+from peerload.memory.region import Region
+from peerload.planning.batch import Batch
 from peerload.transport.faulty import Faults, Faulty
 from peerload.transport.memory import MemoryTransport
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import SourceLost, SourceStale, SourceUnreachable
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
+from peerload.planning.batch import Batch
 from peerload.testing.transport_conformance import strided
 from peerload.transport.descriptions import decode
 from peerload.transport.files import FileSet, FilesTransport

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerload.errors import ManifestError
-from peerload.geometry import Box, IntArray, byte_extents, disjoint_bytes, first_overlap, injective, pad_left, volumes
+from peerload.model.boxes import Box, IntArray, byte_extents, disjoint_bytes, first_overlap, injective, pad_left, volumes
 
 steady = settings(deadline=None, derandomize=True)
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import SourceUnreachable
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
+from peerload.memory.region import Region
+from peerload.planning.batch import Batch
 from peerload.testing.transport_conformance import strided
-from peerload.transport import handover
-from peerload.transport.base import Region
-from peerload.transport.handover import FDS_IN_MESSAGE, Connection, Handover
+from peerload.transport import descriptors as handover
+from peerload.transport.descriptors import FDS_IN_MESSAGE, Connection, Handover
 from peerload.transport.local import LocalTransport
 
 
@@ -112,7 +112,7 @@ def test_more_connections_than_are_served_cost_only_those_who_said_nothing(monke
 
 FEW_DESCRIPTORS = """
 import os, resource, sys
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
 from peerload.transport.local import LocalTransport
 arena = Arena(4096)
 address = arena.allocate(7)

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peerload.config import cache_folder
+from peerload.engines.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_digest, tracer_digest
 from peerload.errors import ConfigError
-from peerload.layout.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_digest, tracer_digest
-from peerload.manifest import Box, Catalog, Constant, Layout, Opaque, Parallel, Piece, Pieces, TensorSpec
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, Parallel, TensorSpec
+from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
 from peerload.testing.strategies import catalogs, instances
 
 KEY = LayoutKey("vllm", "1.2", "abc", "0123456789abcdef", "fp8", Parallel(4, 2, 4), 3, "cuda 9.0")

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peerload
-from peerload.engines.api import settings_of
 from peerload.engines.checkpoint import Checkpoint, ModelFiles
-from peerload.engines.live import live_model
+from peerload.engines.transformers.api import settings_of
+from peerload.engines.transformers.live import live_model
 from peerload.errors import ConfigError, LayoutError
 from peerload.testing.checkpoints import make_checkpoint, model_config
 from peerload.testing.families import FAMILIES, write_family
@@ -33,19 +33,18 @@ def made(family: Any = "llama", **changes: Any) -> Any:
 
 
 def test_importing_does_nothing() -> None:
-    """Not even NumPy is imported; the functions stay what they are when modules of the same name are imported."""
+    """Not even NumPy is imported."""
     code = """
 import sys
 import peerload
 assert not {"torch", "numpy", "grpc", "transformers"} & sys.modules.keys()
 assert {"load", "seed", "Config", "Receipt", "PeerloadError", "ModelSeed"} <= set(dir(peerload))
-import peerload.load
-from peerload.load import Job
-from peerload.seed import Seed
+from peerload.job.load import Job
+from peerload.job.seed import Seed
 assert "torch" not in sys.modules
 assert peerload.Config(url="here:1").url == "here:1"
 assert callable(peerload.load) and callable(peerload.seed)
-assert peerload.load.__module__ == "peerload.engines.api"
+assert peerload.load.__module__ == "peerload.engines.transformers.api"
 try:
     peerload.nothing
 except AttributeError as error:

@@ -13,14 +13,17 @@ import pytest
 from peerload.config import Config
 from peerload.deadline import Deadline
 from peerload.errors import PlanError
-from peerload.geometry import Box
-from peerload.load import Job, Member, _Run
-from peerload.manifest import Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec
-from peerload.plan import Wants
+from peerload.integrity.claims import Claims, Measured
+from peerload.integrity.verdict import compare
+from peerload.job.load import Job, Member, _Run
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, ModelKey, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
+from peerload.model.offer import Binding, Endpoint, Offer, SourceId
+from peerload.planning.plan import Wants
 from peerload.transport.files import FilesTransport
-from peerload.transport.host import boot_id
 from peerload.transport.local import LocalTransport
-from peerload.verify import Claims, Measured, compare
+from peerload.transport.process import boot_id
 
 PLAIN, OTHER = TensorSpec("a", "F32", (4,)), TensorSpec("b", "F32", (4,))
 CONFIG = Config()

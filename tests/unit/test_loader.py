@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from peerload.errors import LayoutError  # noqa: E402
-from peerload.layout.loader import Traced, trace_loader  # noqa: E402
-from peerload.manifest import Catalog, Parallel, TensorSpec  # noqa: E402
+from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
 from peerload.testing.loader_oracle import differences, values_of  # noqa: E402
+from peerload.tracing.trace import Traced, trace_loader  # noqa: E402
 
 BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 CATALOG = Catalog.of([

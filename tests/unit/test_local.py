@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import HostError, SourceLost, SourceUnreachable
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
+from peerload.memory.region import Region
 from peerload.native._lib import lib
+from peerload.planning.batch import Batch
 from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import strided
-from peerload.transport.attached import Description, why_not
-from peerload.transport.base import Region
 from peerload.transport.descriptions import encode
-from peerload.transport.handover import Connection, Handover
-from peerload.transport.host import boot_id, pid_namespace, start_time
+from peerload.transport.descriptors import Connection, Handover
 from peerload.transport.local import LocalTransport
-from peerload.transport.registry import cma_error
+from peerload.transport.local_peer import Description, why_not
+from peerload.transport.probes import cma_error
+from peerload.transport.process import boot_id, pid_namespace, start_time
 
 SOON = Deadline.after(3600)
 
@@ -95,7 +95,7 @@ def test_a_seed_that_withdraws_is_lost_at_once(reader: LocalTransport) -> None:
 
 ORPHAN = """
 import os, sys, time
-from peerload.memory import Arena
+from peerload.memory.arena import Arena
 from peerload.transport.local import LocalTransport
 arena = Arena(1 << 20)
 address = arena.allocate(1 << 20)

@@ -7,21 +7,10 @@ import numpy as np
 import pytest
 
 from peerload.errors import ManifestError
-from peerload.geometry import Box
-from peerload.manifest import (
-    Binding,
-    Catalog,
-    Constant,
-    Layout,
-    ModelKey,
-    Offer,
-    Opaque,
-    Parallel,
-    Piece,
-    Pieces,
-    SourceId,
-    TensorSpec,
-)
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
+from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
+from peerload.model.offer import Binding, Offer, SourceId
 
 CATALOG = Catalog.of([TensorSpec("scale", "F32", ()), TensorSpec("w", "BF16", (4, 6)), TensorSpec("tied", "BF16", (4, 6))])
 

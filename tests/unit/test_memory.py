@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from peerload.errors import ConfigError, HostError
-from peerload.manifest import Constant
-from peerload.memory import Arena, Placed, fill, placed, regions_for
-from peerload.transport.base import Region
+from peerload.memory.arena import Arena, fill
+from peerload.memory.placing import Placed, placed, regions_for
+from peerload.memory.region import Region
+from peerload.model.layout import Constant
 
 
 def test_allocations_are_aligned_disjoint_and_zero() -> None:

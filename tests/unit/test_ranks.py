@@ -12,7 +12,7 @@ from peerload.commands.options import parse_parallel
 from peerload.commands.ranks import interrupted
 from peerload.deadline import Deadline
 from peerload.errors import ConfigError, DeadlineExceeded
-from peerload.manifest import Parallel
+from peerload.model.catalog import Parallel
 
 
 def stubborn() -> None:

@@ -11,10 +11,12 @@ import pytest
 from peerload.config import Config
 from peerload.deadline import Deadline
 from peerload.errors import ConfigError, HostError, SourceUnreachable
-from peerload.transport.base import Limits, Region
-from peerload.transport.deferred import Deferred
+from peerload.memory.region import Region
+from peerload.transport.base import Limits
 from peerload.transport.local import LocalTransport
-from peerload.transport.registry import cma_error, open_transport, open_transports, probe
+from peerload.transport.on_demand import Deferred
+from peerload.transport.probes import cma_error, probe
+from peerload.transport.registry import open_transport, open_transports
 
 OPEN_AND_CLOSE = """
 from peerload.config import Config

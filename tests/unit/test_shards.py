@@ -13,12 +13,12 @@ pytest.importorskip("transformers")
 
 from safetensors import safe_open  # noqa: E402
 
-from peerload.bare import BareRank  # noqa: E402
+from peerload.engines.bare import BareRank  # noqa: E402
 from peerload.engines.checkpoint import ModelFiles  # noqa: E402
 from peerload.engines.shards import writable, write_rank  # noqa: E402
-from peerload.engines.transformers import layout_for  # noqa: E402
+from peerload.engines.transformers.open import layout_for  # noqa: E402
 from peerload.errors import ConfigError, HostError  # noqa: E402
-from peerload.manifest import Parallel  # noqa: E402
+from peerload.model.catalog import Parallel  # noqa: E402
 from peerload.testing.checkpoints import model_config  # noqa: E402
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerload.batch import Batch
 from peerload.deadline import Deadline
 from peerload.errors import DeadlineExceeded, HostError, PlanError
-from peerload.memory import Arena, copy
+from peerload.memory.arena import Arena, copy
+from peerload.memory.region import Region
+from peerload.planning.batch import Batch
 from peerload.testing.source_process import content
 from peerload.testing.transport_conformance import Source, TransportConformance, strided
-from peerload.transport.base import Region, Transport
+from peerload.transport.base import Transport
 from peerload.transport.files import FileSet, FilesTransport
 from peerload.transport.memory import MemoryTransport
-from peerload.transport.through_host import ThroughHost
+from peerload.transport.via_host import ThroughHost
 
 DEVICE = "cuda:0"
 

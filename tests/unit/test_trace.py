@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from peerload.errors import LayoutError  # noqa: E402
-from peerload.layout.strided import Inexpressible, View, boxes, overlap, without  # noqa: E402
-from peerload.layout.trace import Recorder, layout_of, view_of  # noqa: E402
-from peerload.manifest import Catalog, Layout, Parallel, TensorSpec  # noqa: E402
+from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
+from peerload.model.layout import Layout  # noqa: E402
+from peerload.tracing.recorder import Recorder, layout_of, view_of  # noqa: E402
+from peerload.tracing.views import Inexpressible, View, boxes, overlap, without  # noqa: E402
 
 CATALOG = Catalog.of([TensorSpec("a", "I64", (6, 8)), TensorSpec("b", "I64", (4, 8)), TensorSpec("c", "I64", (6, 8))])
 NUMBERS = {"a": torch.arange(48).view(6, 8), "b": torch.arange(100, 132).view(4, 8), "c": torch.arange(200, 248).view(6, 8)}

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerload.bare import BareRank
-from peerload.batch import Batch
 from peerload.deadline import Deadline
+from peerload.engines.bare import BareRank
 from peerload.errors import DeadlineExceeded, SourceError, SourceLost, SourceStale, SourceUnreachable
-from peerload.lower import lower
-from peerload.manifest import FENCE_NBYTES, Binding, Endpoint, Offer, Parallel, SourceId
-from peerload.memory import Arena
-from peerload.plan import Plan, make_plan
+from peerload.job.reader import Reader, fence
+from peerload.memory.arena import Arena
+from peerload.model.catalog import Parallel
+from peerload.model.offer import FENCE_NBYTES, Binding, Endpoint, Offer, SourceId
+from peerload.planning.batch import Batch
+from peerload.planning.lower import lower
+from peerload.planning.plan import Plan, make_plan
 from peerload.testing.layouts import layout, llama
-from peerload.transfer import Reader, fence
 from peerload.transport.base import Limits
 from peerload.transport.faulty import Faults, Faulty
 from peerload.transport.files import FileSet, FilesTransport

@@ -12,7 +12,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from peerload.engines.twin import _Bounded, built, checked  # noqa: E402
 from peerload.errors import ConfigError, LayoutError  # noqa: E402
-from peerload.layout.blame import told  # noqa: E402
+from peerload.tracing.blame import told  # noqa: E402
 
 
 class Looks(nn.Module):

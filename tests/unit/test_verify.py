@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.digest import PRIME, digest_parts
 from peerload.errors import VerifyError
-from peerload.geometry import Box, IntArray
-from peerload.manifest import ITEMSIZE, Binding, Catalog, Layout, Offer, Parallel, Piece, Pieces, SourceId, TensorSpec
-from peerload.plan import Plan, make_plan
+from peerload.integrity.claims import Claims, Measured
+from peerload.integrity.digest import PRIME, digest_parts
+from peerload.integrity.verdict import State, Verdict, compare
+from peerload.memory.space import HOST, digest_layout
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import ITEMSIZE, Catalog, Parallel, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
+from peerload.model.offer import Binding, Offer, SourceId
+from peerload.planning.plan import Plan, make_plan
 from peerload.receipt import Read, Receipt
-from peerload.space import HOST, digest_layout
 from peerload.testing.layouts import Held, Model, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
-from peerload.verify import Claims, Measured, State, Verdict, compare
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -22,12 +22,14 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..coordinator import codec
+from ..coordinator.client import CoordinatorClient
+from ..coordinator.server import serve
 from ..deadline import Deadline
 from ..errors import PeerloadError
-from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
-from ..rpc import codec
-from ..rpc.client import CoordinatorClient
-from ..rpc.server import serve
+from ..model.catalog import ModelKey, Parallel
+from ..model.layout import Layout
+from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ..testing import layouts
 
 T = TypeVar("T")
@@ -36,7 +38,9 @@ SMALL = 500
 WAITING = (600, 1200)
 #: Long enough for every rank to ask again, whatever its first call did, seconds.
 WATCHED_S = 25.0
-COORDINATOR = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+COORDINATOR = (
+    "from peerload.coordinator.server import serve; c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
+)
 
 
 def best(work: Callable[[], T], times: int = 3) -> tuple[float, T]:

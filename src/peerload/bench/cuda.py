@@ -18,18 +18,19 @@ from functools import partial
 
 import numpy as np
 
-from ..batch import Batch
 from ..config import Config
-from ..cuda import driver
-from ..cuda.driver import Device, Stream
-from ..cuda.kernels import compiled
-from ..cuda.mover import Pinned
 from ..deadline import Deadline
-from ..manifest import Catalog, TensorSpec
-from ..space import space_on
+from ..memory.cuda import driver
+from ..memory.cuda.driver import Device, Stream
+from ..memory.cuda.kernels import compiled
+from ..memory.cuda.mover import Pinned
+from ..memory.region import Region
+from ..memory.space import space_on
+from ..model.catalog import Catalog, TensorSpec
+from ..planning.batch import Batch
 from ..testing.gpu import DeviceArena, why_not
 from ..testing.source_process import SourceProcess
-from ..transport.base import Region, Transport
+from ..transport.base import Transport
 from ..transport.cuda_ipc import CudaIpcTransport
 from ..transport.registry import open_transport
 

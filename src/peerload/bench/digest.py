@@ -21,11 +21,14 @@ from functools import partial
 
 import numpy as np
 
-from ..digest import PRIME, digest_boxes
-from ..geometry import Box
-from ..manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, SourceId, TensorSpec
-from ..space import HOST, digest_layout
-from ..verify import Claims, Measured, compare
+from ..integrity.claims import Claims, Measured
+from ..integrity.digest import PRIME, digest_boxes
+from ..integrity.verdict import compare
+from ..memory.space import HOST, digest_layout
+from ..model.boxes import Box
+from ..model.catalog import ITEMSIZE, Catalog, TensorSpec
+from ..model.layout import Layout, Piece, Pieces
+from ..model.offer import SourceId
 
 HIDDEN, INTER = 8192, 28672  # Llama-3.3-70B
 memcpy = ctypes.CDLL(None).memcpy

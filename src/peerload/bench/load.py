@@ -27,7 +27,7 @@ from ..console import Console
 from ..demo.events import Generated, Loaded
 from ..demo.instance import Instance, RankSpec
 from ..demo.run import START_S, coordinator
-from ..limits import memcpy_gb_per_s
+from ..memory.speed import memcpy_gb_per_s
 from ..receipt import Receipt
 
 #: Common ones, about 1 GiB with 9 layers: every shard is a whole number of pages, as in the models people serve.

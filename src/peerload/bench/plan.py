@@ -25,10 +25,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..lower import Lowered, lower
-from ..manifest import Binding, Catalog, Layout, Offer, Parallel, SourceId
-from ..plan import Plan, make_plan
-from ..rpc.codec import decode_catalog, decode_layout, encode_catalog, encode_layout
+from ..coordinator.codec import decode_catalog, decode_layout, encode_catalog, encode_layout
+from ..model.catalog import Catalog, Parallel
+from ..model.layout import Layout
+from ..model.offer import Binding, Offer, SourceId
+from ..planning.lower import Lowered, lower
+from ..planning.plan import Plan, make_plan
 from ..testing.layouts import FP8_BLOCK, Held, Model, deepseek_v3, kimi_k2, layout, layouts, llama_70b, qwen3_235b
 from ..transport.base import Limits
 

@@ -26,13 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..batch import Batch
 from ..config import Config
 from ..deadline import Deadline
-from ..memory import Arena
+from ..memory.arena import Arena
+from ..planning.batch import Batch
 from ..testing.source_process import SourceProcess
 from ..transport.base import Transport
-from ..transport.registry import cma_error, open_transport, probe
+from ..transport.probes import cma_error, probe
+from ..transport.registry import open_transport
 
 memcpy = ctypes.CDLL(None).memcpy
 memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

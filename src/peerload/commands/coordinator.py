@@ -17,8 +17,8 @@ import resource
 
 from ..config import state_folder
 from ..console import Console
+from ..coordinator.server import serve
 from ..errors import HostError
-from ..rpc.server import serve
 
 _CONNECTIONS = 1 << 16
 

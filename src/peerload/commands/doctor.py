@@ -25,10 +25,10 @@ from pathlib import Path
 
 from ..config import Config
 from ..console import Console
-from ..cuda import driver
+from ..coordinator.client import CoordinatorClient
 from ..errors import HostError, PeerloadError
-from ..rpc.client import CoordinatorClient
-from ..transport.host import cores, ptrace_scope
+from ..memory.cuda import driver
+from ..transport.process import cores, ptrace_scope
 from .options import add_config, config_of
 
 #: Distributions that matter, what brings each one, and whether nothing works without it.
@@ -171,7 +171,8 @@ def _shared_memory() -> Iterator[Finding]:
 def _transports() -> list[Finding]:
     found: list[Finding] = []
     try:
-        from ..transport.registry import FACTORIES, GPU_FACTORIES, probe
+        from ..transport.probes import probe
+        from ..transport.registry import FACTORIES, GPU_FACTORIES
     except ImportError as error:
         reinstall = "install peerload again, with a C compiler at hand"
         return [Finding("transport local", "broken", f"the native helper can't be loaded: {error}", reinstall)]
@@ -229,7 +230,7 @@ def _peer_access() -> Finding:
 
 
 def _memcpy() -> Iterator[Finding]:
-    from ..limits import memcpy_gb_per_s
+    from ..memory.speed import memcpy_gb_per_s
 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     nbytes = min(MEMCPY_NBYTES, free // 8)

@@ -26,9 +26,10 @@ from typing import Final
 import numpy as np
 
 from ..console import Console
+from ..engines.offline import Answer, Engine, add_engine
 from ..errors import ConfigError, LayoutError
-from ..manifest import Layout, Parallel
-from .engines import Answer, Engine, add_engine
+from ..model.catalog import Parallel
+from ..model.layout import Layout
 from .options import add_parallel, parallel_of
 
 #: A page has no room for more regions; --json gives all.
@@ -148,9 +149,9 @@ def regions(answer: Answer) -> Iterator[Region]:
 
 
 def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: int | None) -> Verdict:
-    from ..layout.agree import agree
-    from ..layout.decoded import told_boxes
-    from ..layout.probe import changes, groups_of
+    from ..tracing.probe.agree import agree
+    from ..tracing.probe.decoded import told_boxes
+    from ..tracing.probe.run import changes, groups_of
 
     covers = {name: c for name, c in answer.kept.covers.items() if name.rpartition(" as ")[0] not in engine.catalog.row}
     groups = () if bits else groups_of(covers.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from ..console import Console
-from ..rpc.client import CoordinatorClient
+from ..coordinator.client import CoordinatorClient
 from .options import add_config, config_of
 
 

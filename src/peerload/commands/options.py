@@ -8,7 +8,7 @@ from typing import Final
 
 from ..config import KEYS, Config
 from ..errors import ConfigError
-from ..manifest import Parallel
+from ..model.catalog import Parallel
 
 #: Ranks of one instance that a command lays out; a seed or a pull runs each on a thread.
 MOST_RANKS: Final = 1024

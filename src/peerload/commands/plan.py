@@ -26,17 +26,19 @@ import numpy as np
 
 from ..config import Config
 from ..console import Console
+from ..engines.offline import Engine, add_engine
 from ..errors import ConfigError, PlanError
-from ..geometry import IntArray
-from ..lower import Lowered, lower
-from ..manifest import Binding, Layout, Offer, Parallel, SourceId
-from ..plan import Plan, box_text, make_plan
-from ..transfer import WORKERS
+from ..job.reader import WORKERS
+from ..model.boxes import IntArray
+from ..model.catalog import Parallel
+from ..model.layout import Layout
+from ..model.offer import Binding, Offer, SourceId
+from ..planning.lower import Lowered, lower
+from ..planning.plan import Plan, box_text, make_plan
 from ..transport.base import Limits
 from ..transport.files import FilesTransport
 from ..transport.local import LocalTransport
 from ..transport.nixl import NixlTransport
-from .engines import Engine, add_engine
 from .options import add_config, config_of, parse_parallel
 
 T = TypeVar("T")

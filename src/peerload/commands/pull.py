@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Final
 
 from ..console import Console
+from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
 from ..errors import ConfigError, SourcesExhausted, VerifyError
-from ..manifest import ModelKey
-from ..rpc.client import CoordinatorClient
+from ..model.catalog import ModelKey
 from .options import add_config, add_parallel, config_of, parallel_of
 from .ranks import layouts_of
 
@@ -43,10 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from ..bare import bare_ranks
+    from ..engines.bare import bare_ranks
     from ..engines.checkpoint import ModelFiles
     from ..engines.shards import writable, write_rank
-    from ..load import Member
+    from ..job.load import Member
 
     config, parallel = config_of(args, fallback="fail"), parallel_of(args)
     deadline = Deadline.after(config.deadline_s)

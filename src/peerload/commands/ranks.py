@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 from ..console import Console
 from ..deadline import Deadline
 from ..errors import DeadlineExceeded
-from ..manifest import Catalog, Layout, Parallel
+from ..model.catalog import Catalog, Parallel
+from ..model.layout import Layout
 
 if TYPE_CHECKING:
     from ..engines.checkpoint import ModelFiles
@@ -28,7 +29,7 @@ def layouts_of(
     doing = f"working out what {len(ranks)} ranks of {parallel} hold"
     layouts = []
     with console.progress() as progress, interrupted(deadline, doing):
-        from ..engines.transformers import layout_for  # takes seconds, which count
+        from ..engines.transformers.open import layout_for  # takes seconds, which count
 
         bar = progress.add_task(doing, total=len(ranks))
         for rank in ranks:

@@ -32,11 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from ..bare import bare_ranks
+    from ..coordinator.client import CoordinatorClient
+    from ..engines.bare import bare_ranks
     from ..engines.checkpoint import Checkpoint, ModelFiles
-    from ..load import Member
-    from ..rpc.client import CoordinatorClient
-    from ..seed import Seed
+    from ..job.load import Member
+    from ..job.seed import Seed
     from ..transport.registry import opened_transports
 
     config, parallel = config_of(args), parallel_of(args)

@@ -23,13 +23,13 @@ import transformers
 import transformers.models.llama.modeling_llama
 from transformers import PreTrainedModel
 
-from ..engines.replica import replica
-from ..engines.transformers import greedy, parameters_of, stock_model
+from ..engines.transformers.open import greedy, parameters_of, stock_model
 from ..errors import PeerloadError
-from ..load import Member
-from ..manifest import Parallel
+from ..job.load import Member
+from ..model.catalog import Parallel
 from .events import Failed, Generated, Loaded, Progress
 from .instance import RankSpec
+from .replica import replica
 
 
 def run_rank(spec: RankSpec, link: Connection) -> None:

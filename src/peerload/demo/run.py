@@ -20,7 +20,7 @@ from pathlib import Path
 from ..config import Config
 from ..console import Console
 from ..errors import ConfigError, HostError, PeerloadError
-from ..limits import fresh_gb_per_s, memcpy_gb_per_s
+from ..memory.speed import fresh_gb_per_s, memcpy_gb_per_s
 from ..receipt import Receipt
 from .events import Event, Generated, Loaded, Progress
 from .instance import Instance, RankSpec

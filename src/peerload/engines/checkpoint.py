@@ -21,8 +21,10 @@ from typing import Final
 import numpy as np
 
 from ..errors import ConfigError, ManifestError
-from ..geometry import Box, IntArray
-from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId
+from ..model.boxes import Box, IntArray
+from ..model.catalog import ITEMSIZE, Catalog, ModelKey
+from ..model.layout import Layout, Piece, Pieces
+from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ..transport.files import FileSet
 from .header import Stored, read_header, tensors_in
 

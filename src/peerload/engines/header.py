@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from ..errors import ConfigError, ManifestError
-from ..manifest import ITEMSIZE, MAX_DIMENSIONS, TensorSpec
+from ..model.catalog import ITEMSIZE, MAX_DIMENSIONS, TensorSpec
 
 _LENGTH_NBYTES: Final = 8
 _METADATA: Final = "__metadata__"

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..bare import BareRank
 from ..errors import ConfigError, HostError
-from ..layout.trace import DTYPES
+from ..tracing.recorder import DTYPES
+from .bare import BareRank
 
 
 def writable(directory: Path) -> None:

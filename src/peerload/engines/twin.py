@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError, LayoutError
-from ..layout.blame import told
+from ..tracing.blame import told
 
 log = logging.getLogger(__name__)
 

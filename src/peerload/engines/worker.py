@@ -25,21 +25,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import Config
+from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
 from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError
-from ..layout.coverage import require_covered
-from ..layout.loader import Traced, trace_loader
-from ..load import Job, Member, load
-from ..manifest import Catalog, ModelKey, Parallel, is_derived
-from ..memory import placed, regions_for
+from ..job.load import Job, Member, load
+from ..job.seed import Seed
+from ..memory.placing import placed, regions_for
+from ..memory.region import Region
+from ..memory.space import space_on
+from ..model.catalog import Catalog, ModelKey, Parallel, is_derived
 from ..receipt import Receipt, readable
-from ..rpc.client import CoordinatorClient
-from ..seed import Seed
-from ..space import space_on
-from ..transport.base import Region
+from ..tracing.coverage import require_covered
+from ..tracing.trace import Traced, trace_loader
 from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
-from .loaded import Loaded, device_of
+from .intact import Loaded, device_of
 
 log = logging.getLogger(__name__)
 

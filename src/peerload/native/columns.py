@@ -16,7 +16,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Batch(Protocol):
-    """What `peerload.batch.Batch` is, said again because this package imports nothing of its own."""
+    """What `peerload.planning.batch.Batch` is, said again because this package imports nothing of its own."""
 
     @property
     def src(self) -> IntArray: ...

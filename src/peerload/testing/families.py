@@ -18,8 +18,8 @@ from typing import Final
 
 import torch
 
-from ..layout.trace import DTYPES
-from ..manifest import Catalog, TensorSpec
+from ..model.catalog import Catalog, TensorSpec
+from ..tracing.recorder import DTYPES
 from . import rules
 from .rules import Sizes
 

@@ -1,4 +1,4 @@
-"""GPU memory for tests, with no framework: what `peerload.memory.Arena` is for host memory."""
+"""GPU memory for tests, with no framework: what `peerload.memory.arena.Arena` is for host memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Final
 
 import numpy as np
 
-from ..cuda import driver
-from ..cuda.driver import Device, Stream
 from ..errors import HostError
-from ..transport.base import Region
+from ..memory.cuda import driver
+from ..memory.cuda.driver import Device, Stream
+from ..memory.region import Region
 
 
 def why_not(gpus: int = 1) -> str:

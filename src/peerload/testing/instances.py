@@ -26,16 +26,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..bare import BareRank
 from ..config import Config
-from ..geometry import IntArray
-from ..load import Job, Member, load
-from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
-from ..memory import Arena, Placed, regions_for
+from ..coordinator.client import CoordinatorClient
+from ..engines.bare import BareRank
+from ..job.load import Job, Member, load
+from ..job.seed import Seed
+from ..memory.arena import Arena
+from ..memory.placing import Placed, regions_for
+from ..memory.region import Region
+from ..model.boxes import IntArray
+from ..model.catalog import ModelKey, Parallel
+from ..model.layout import Layout
+from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ..receipt import Receipt
-from ..rpc.client import CoordinatorClient
-from ..seed import Seed
-from ..transport.base import Region, Transport
+from ..transport.base import Transport
 from ..transport.files import FileSet
 from ..transport.registry import open_transports
 from .layouts import Model, catalog, checkpoint, layout

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..layout.loader import Traced
-from ..layout.reachable import reachable_tensors
-from ..layout.trace import DTYPES
-from ..manifest import Catalog
+from ..model.catalog import Catalog
+from ..tracing.reachable import reachable_tensors
+from ..tracing.recorder import DTYPES
+from ..tracing.trace import Traced
 
 
 def values_of(catalog: Catalog) -> dict[str, Tensor]:

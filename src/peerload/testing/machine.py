@@ -12,11 +12,13 @@ from functools import cache
 
 import numpy as np
 
-from peerload.batch import Batch
-from peerload.geometry import Box, IntArray
-from peerload.lower import Lowered, lower
-from peerload.manifest import ITEMSIZE, Binding, Layout, Offer, Parallel, SourceId
-from peerload.plan import Plan, make_plan
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import ITEMSIZE, Parallel
+from peerload.model.layout import Layout
+from peerload.model.offer import Binding, Offer, SourceId
+from peerload.planning.batch import Batch
+from peerload.planning.lower import Lowered, lower
+from peerload.planning.plan import Plan, make_plan
 from peerload.transport.base import Limits
 
 from .layouts import Model, catalog, checkpoint, layouts

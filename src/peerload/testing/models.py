@@ -30,8 +30,8 @@ from transformers.distributed import DistributedConfig  # type: ignore[attr-defi
 
 import peerload
 
-from ..engines.quantized import kept
-from ..engines.transformers import greedy, parameters_of
+from ..engines.transformers.open import greedy, parameters_of
+from ..engines.transformers.quantized import kept
 
 PROMPT: Final = [17, 42, 300, 5, 88]
 NEW_TOKENS: Final = 8
@@ -195,7 +195,7 @@ class Instance:
 
     def __init__(self, act: Act, spec: Spec) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["peerload.engines.api", "transformers.models.llama.modeling_llama"])
+        context.set_forkserver_preload(["peerload.engines.transformers.api", "transformers.models.llama.modeling_llama"])
         self._directory = tempfile.TemporaryDirectory()
         spec = replace(spec, rendezvous=f"{self._directory.name}/rendezvous")
         pairs = [context.Pipe() for _ in range(spec.size)]

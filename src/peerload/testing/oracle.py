@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from peerload.geometry import Box, IntArray
-from peerload.manifest import ITEMSIZE, Catalog, Layout, Parallel
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import ITEMSIZE, Catalog, Parallel
+from peerload.model.layout import Layout
 
 from .layouts import Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Whole
 

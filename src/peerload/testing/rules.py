@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..manifest import TensorSpec
+from ..model.catalog import TensorSpec
 
 #: The tensors of a linear layer's weight: (layer's name, output rows, input columns).
 Quantize: TypeAlias = Callable[[str, int, int], Iterator[TensorSpec]]

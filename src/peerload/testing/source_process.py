@@ -22,11 +22,13 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from ..batch import Batch
 from ..config import Config
 from ..errors import HostError
-from ..memory import Arena, Placed, copy, placed, regions_for
-from ..transport.base import Region, Transport
+from ..memory.arena import Arena, copy
+from ..memory.placing import Placed, placed, regions_for
+from ..memory.region import Region
+from ..planning.batch import Batch
+from ..transport.base import Transport
 from ..transport.registry import open_transport
 from .gpu import DeviceArena
 

@@ -13,8 +13,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from peerload.geometry import Box
-from peerload.manifest import ITEMSIZE, Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec
+from peerload.model.boxes import Box
+from peerload.model.catalog import ITEMSIZE, Catalog, Parallel, TensorSpec
+from peerload.model.layout import Constant, Layout, Piece, Pieces
 
 #: One dtype of every size.
 DTYPES = ("U8", "BF16", "F32", "I64")

@@ -28,12 +28,13 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from ..batch import LEVELS, Batch
 from ..deadline import Deadline
 from ..errors import DeadlineExceeded, HostError, PlanError, SourceError, SourceLost, SourceUnreachable
-from ..geometry import IntArray
-from ..memory import Arena
-from ..transport.base import Region, Transport
+from ..memory.arena import Arena
+from ..memory.region import Region
+from ..model.boxes import IntArray
+from ..planning.batch import LEVELS, Batch
+from ..transport.base import Transport
 from .source_process import Bytes, content
 
 #: Sizes of the buffers of the source: the first is the one most tests read.
@@ -43,7 +44,7 @@ UNTOUCHED = 0xA5
 
 
 class Destination(Protocol):
-    """Memory of the reader's, as `peerload.memory.Arena` has it."""
+    """Memory of the reader's, as `peerload.memory.arena.Arena` has it."""
 
     @property
     def address(self) -> int: ...

@@ -20,20 +20,21 @@ from typing import Annotated, Final
 
 import numpy as np
 
-from ..batch import Batch
-from ..cuda.driver import HANDLE_NBYTES, Block, Device, DriverError, count, reaches, uuid
-from ..cuda.mover import Mover, packed, portions
-from ..cuda.tables import Lane
 from ..deadline import Deadline
 from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
-from ..geometry import IntArray
+from ..memory.cuda.driver import HANDLE_NBYTES, Block, Device, DriverError, count, reaches, uuid
+from ..memory.cuda.mover import Mover, packed, portions
+from ..memory.cuda.tables import Lane
+from ..memory.region import Region
+from ..model.boxes import IntArray
 from ..native.columns import Columns
-from .base import Limits, Region
+from ..planning.batch import Batch
+from .alive import Liveness
+from .base import Limits
 from .descriptions import Process, check_ranges, check_rows, column, decode, encode, text, whole
-from .handover import Handover
-from .host import boot_id, pid_namespace, start_time
-from .liveness import Liveness
-from .table import RegionTable, destination_extents
+from .descriptors import Handover
+from .process import boot_id, pid_namespace, start_time
+from .regions import RegionTable, destination_extents
 
 #: Bytes that go to host memory (a fence, staged scales) pass through device memory of this size.
 TO_HOST_NBYTES: Final = 4 << 20

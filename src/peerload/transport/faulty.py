@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import SourceLost
+from ..memory.region import Region
 from ..native.columns import Columns
-from .base import Region, Transport
+from ..planning.batch import Batch
+from .base import Transport
 
 
 @dataclass(frozen=True, slots=True)

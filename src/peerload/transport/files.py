@@ -17,16 +17,17 @@ from typing import Annotated, Final
 
 import numpy as np
 
-from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import DeadlineExceeded, HostError, PlanError, SourceError, SourceLost, SourceStale, SourceUnreachable
-from ..geometry import IntArray
+from ..memory.region import Region
+from ..model.boxes import IntArray
 from ..native.columns import Columns
-from .base import Limits, Region
-from .crew import Crew, chunked
+from ..planning.batch import Batch
+from .base import Limits
 from .descriptions import TOP, check_ranges, check_rows, column, decode, encode, path, whole
-from .host import cores
-from .table import RegionTable
+from .process import cores
+from .regions import RegionTable
+from .threads import Crew, chunked
 
 #: Files begin at multiples of this in their address space, so no copy can reach from one into the next.
 GAP_NBYTES: Final = 1 << 12

@@ -1,6 +1,6 @@
 """The embedded transport between processes of one host: no daemon, no package, no network.
 
-Memory backed by a sealed memfd (`peerload.memory.Arena`) is mapped by its readers; any other memory is read with
+Memory backed by a sealed memfd (`peerload.memory.arena.Arena`) is mapped by its readers; any other memory is read with
 process_vm_readv (CMA). Both in chunks on several threads, so that page faults of the destination, which cap what a fresh
 process can receive, are taken in parallel. Mapped pages are dropped after each chunk: reading a model doesn't show up in
 the reader's resident set.
@@ -20,19 +20,20 @@ from typing import Final
 
 import numpy as np
 
-from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import HostError, PlanError
-from ..geometry import IntArray
+from ..memory.region import Mappable, Region
+from ..model.boxes import IntArray
 from ..native._lib import lib
 from ..native.columns import Columns
-from .attached import CMA, MAPPED, Attached, Description, sealed
-from .base import Limits, Mappable, Region
-from .crew import Crew, chunked
+from ..planning.batch import Batch
+from .base import Limits
 from .descriptions import decode, encode
-from .handover import Handover
-from .host import boot_id, cores, pid_namespace, ptrace_scope, start_time
-from .table import RegionTable
+from .descriptors import Handover
+from .local_peer import CMA, MAPPED, Attached, Description, sealed
+from .process import boot_id, cores, pid_namespace, ptrace_scope, start_time
+from .regions import RegionTable
+from .threads import Crew, chunked
 
 #: Shorter runs are copied: a mapping costs about as much as moving 64 KiB, and there are only so many.
 ATTACH_NBYTES: Final = 256 << 10

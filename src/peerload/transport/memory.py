@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
+from ..memory.region import Region
 from ..native.columns import Columns
-from .base import Limits, Region
-from .table import RegionTable
+from ..planning.batch import Batch
+from .base import Limits
+from .regions import RegionTable
 
 
 class MemoryTransport:

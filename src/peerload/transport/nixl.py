@@ -39,14 +39,15 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 
-from ..batch import Batch
 from ..deadline import Deadline
 from ..errors import ConfigError, DeadlineExceeded, HostError, PlanError, SourceLost, SourceUnreachable
-from ..geometry import IntArray
-from .base import Limits, Region
+from ..memory.region import Region
+from ..model.boxes import IntArray
+from ..planning.batch import Batch
+from .base import Limits
 from .descriptions import check_ranges, check_rows, column, decode, encode, text, whole
-from .host import boot_id
-from .table import RegionTable
+from .process import boot_id
+from .regions import RegionTable
 
 INSTALL: Final = "pip install --no-deps nixl-cu12 (or nixl-cu13); it needs no GPU"
 MODULES: Final = ("nixl_cu13", "nixl_cu12", "nixl._api")

@@ -17,13 +17,13 @@ from test_layouts import DROPPED, REFUSED, family
 from torch import nn
 
 from peerload.config import Config
-from peerload.engines.sglang import VERSION, build, load_weights, rank_of
-from peerload.engines.sglang_loader import finishing
+from peerload.coordinator.server import serve
+from peerload.engines.sglang.loader import finishing
+from peerload.engines.sglang.offline import VERSION, build, load_weights, rank_of
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
-from peerload.layout.reachable import reachable_tensors
-from peerload.manifest import Parallel
-from peerload.rpc.server import serve
+from peerload.model.catalog import Parallel
 from peerload.testing.families import FAMILIES, write_family
+from peerload.tracing.reachable import reachable_tensors
 
 
 @pytest.fixture(scope="module")

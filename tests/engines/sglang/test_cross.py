@@ -15,7 +15,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed here: ./dev engine
 
 from engine import Sglang
 
-from peerload.rpc.server import serve
+from peerload.coordinator.server import serve
 from peerload.testing.families import FAMILIES, write_family
 
 ROOT = Path(__file__).parents[3]

@@ -13,13 +13,13 @@ pytest.importorskip("sglang", reason="SGLang is not installed here: ./dev engine
 
 from sglang.srt import runtime_context
 
-from peerload.engines.sglang import VERSION, build, load_weights, probe_layout, rank_of, trace_layout
+from peerload.engines.sglang.offline import VERSION, build, load_weights, probe_layout, rank_of, trace_layout
 from peerload.errors import ConfigError, LayoutError
-from peerload.layout.agree import agree
-from peerload.layout.coverage import dropped, require_covered
-from peerload.layout.loader import trace_loader
-from peerload.manifest import Parallel
+from peerload.model.catalog import Parallel
 from peerload.testing.families import FAMILIES, Family, write_family
+from peerload.tracing.coverage import dropped, require_covered
+from peerload.tracing.probe.agree import agree
+from peerload.tracing.trace import trace_loader
 
 #: What SGLang insists on, beyond what the family's configuration says.
 _YARN = {

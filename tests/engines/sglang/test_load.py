@@ -20,8 +20,8 @@ pytest.importorskip("sglang", reason="SGLang is not installed here: ./dev engine
 
 from engine import Sglang
 
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import serve
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.server import serve
 from peerload.testing.families import FAMILIES, write_family
 
 #: With two KV heads; at TP4, SGLang's CPU backend pads them to four.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peerload.layout.reachable import reachable_tensors
+from peerload.tracing.reachable import reachable_tensors
 
 
 def register() -> None:

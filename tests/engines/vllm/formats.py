@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
-from peerload.manifest import TensorSpec
+from peerload.model.catalog import TensorSpec
 from peerload.testing import families
 from peerload.testing.families import FAMILIES, Family
 from peerload.testing.rules import Sizes, tensor

@@ -23,14 +23,14 @@ from vllm.platforms import current_platform
 
 from peerload.engines.checkpoint import ModelFiles
 from peerload.engines.twin import warn_once
-from peerload.engines.vllm import VERSION, build, load_weights, probe_layout, rank_of, trace_layout
+from peerload.engines.vllm.offline import VERSION, build, load_weights, probe_layout, rank_of, trace_layout
 from peerload.errors import ConfigError, LayoutError
-from peerload.layout.agree import agree
-from peerload.layout.coverage import dropped
-from peerload.layout.loader import Traced, trace_loader
-from peerload.layout.probe import changes, groups_of
-from peerload.manifest import Catalog, Parallel
+from peerload.model.catalog import Catalog, Parallel
 from peerload.testing.families import FAMILIES, Family, write_family
+from peerload.tracing.coverage import dropped
+from peerload.tracing.probe.agree import agree
+from peerload.tracing.probe.run import changes, groups_of
+from peerload.tracing.trace import Traced, trace_loader
 
 #: Checkpoint tensors that vLLM keeps in another dtype, and as what.
 CASTS = {

@@ -12,8 +12,8 @@ import pytest
 from engine import Vllm
 from kinds import ARGUMENTS, write_kind
 
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import Coordinator, serve
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.server import Coordinator, serve
 from peerload.testing.families import FAMILIES, write_family
 
 #: With two KV heads, so that at TP4 each lies on two ranks.

@@ -9,8 +9,8 @@ import torch
 import vllm._custom_ops
 from torch import nn
 
-from peerload.engines.vllm_plugin import Extension
-from peerload.layout.reachable import reachable_tensors
+from peerload.engines.vllm.plugin import Extension
+from peerload.tracing.reachable import reachable_tensors
 
 if os.environ.get("KEEP_WEIGHTS"):
     # vLLM's CPU backend packs linear weights for oneDNN, out of sight, and frees them. Without, they stay to be looked at.

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peerload.geometry import Box, IntArray
-from peerload.manifest import ITEMSIZE, Catalog, Constant, Layout, Parallel, Piece, Pieces, TensorSpec
+from peerload.model.boxes import Box, IntArray
+from peerload.model.catalog import ITEMSIZE, Catalog, Parallel, TensorSpec
+from peerload.model.layout import Constant, Layout, Piece, Pieces
 
 from .vocabulary import Model, Param, Part, Stack, chunk
 

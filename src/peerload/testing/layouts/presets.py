@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from .families import (
-    Held,
-    alone,
-    decoder,
-    experts,
-    grouped_query_attention,
-    latent_attention,
-    mlp,
-    stacked_experts,
-)
+from .families import Held, alone, decoder, experts, grouped_query_attention, latent_attention, mlp, stacked_experts
 from .vocabulary import Model, Stack
 
 BF16 = Held()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from peerload.manifest import TensorSpec
+from peerload.model.catalog import TensorSpec
 
 
 def chunk(extent: int, rank: int, size: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""SGLang: its loader plug-in, and its layouts without an instance."""

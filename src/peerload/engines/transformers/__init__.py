@@ -1,0 +1,1 @@
+"""transformers: `peerload.load` and `peerload.seed`, and its layouts without an instance."""

@@ -1,0 +1,1 @@
+"""vLLM: its loader plug-in, and its layouts without an instance."""

@@ -1,0 +1,1 @@
+"""One rank loads, and serves."""

@@ -1,0 +1,1 @@
+"""What is held, wanted and offered: values. Standard library and NumPy only."""

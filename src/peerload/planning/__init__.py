@@ -1,0 +1,1 @@
+"""Who reads which box from whom. Pure: no I/O."""

@@ -1,0 +1,85 @@
+"""Which region a byte range lies in: the check every read passes before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import PlanError, SourceLost
+from ..model.boxes import BoolArray, IntArray, byte_extents
+from ..planning.batch import Batch
+
+
+class RegionTable:
+    """Rows of (address, nbytes). Immutable. A range lies in a region only if it lies in one region as a whole."""
+
+    __slots__ = ("_end", "_row", "_start")
+
+    def __init__(self, address: Sequence[int] | IntArray, nbytes: Sequence[int] | IntArray) -> None:
+        start, size = np.asarray(address, np.int64), np.asarray(nbytes, np.int64)
+        order = np.lexsort((-size, start))
+        end = (start + size)[order]
+        reach = np.maximum.accumulate(end) if len(end) else end
+        # A region inside an earlier one never decides; without those, both starts and ends ascend.
+        own = np.append(True, end[1:] > reach[:-1]) if len(end) else np.zeros(0, np.bool_)
+        self._row, self._start, self._end = order[own], start[order][own], end[own]
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def locate(self, batch: Batch) -> IntArray:
+        """The region of each row's destination. Raises PlanError that names the first row outside: the regions are ours."""
+        low, high = destination_extents(batch)
+        row, outside = self._locate(low, high)
+        if outside >= 0:
+            raise PlanError(
+                f"batch.dst[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region of this "
+                "process; nothing was read",
+                next_step="register the memory before reading into it",
+            )
+        return row
+
+    def locate_sources(self, batch: Batch, source: str) -> IntArray:
+        """The region of each row's source. Raises SourceLost that names the first row outside: the regions are those that
+        `source` described, and the addresses are those that it announced."""
+        low, high = source_extents(batch)
+        row, outside = self._locate(low, high)
+        if outside >= 0:
+            raise SourceLost(
+                source,
+                f"batch.src[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region that it "
+                "described; nothing was read",
+                next_step="plan the rest from other sources",
+            )
+        return row
+
+    def _locate(self, low: IntArray, high: IntArray) -> tuple[IntArray, int]:
+        """The region of each byte range low[n]..high[n], by its row, and the first range in none, or -1."""
+        if len(self) == 0:
+            return np.zeros(len(low), np.int64), 0 if len(low) else -1
+        at = np.searchsorted(self._start, low, "right") - 1
+        inside = (at >= 0) & (low <= high) & (high <= self._end[np.maximum(at, 0)])
+        outside = -1 if inside.all() else int(np.argmin(inside))
+        return self._row[np.maximum(at, 0)], outside
+
+    def holds(self, address: IntArray) -> BoolArray:
+        """Whether each byte lies in a region."""
+        if len(self) == 0:
+            return np.zeros(len(address), np.bool_)
+        at = np.searchsorted(self._start, address, "right") - 1
+        inside: BoolArray = (at >= 0) & (address < self._end[np.maximum(at, 0)])
+        return inside
+
+
+def source_extents(batch: Batch) -> tuple[IntArray, IntArray]:
+    """Lowest source byte of each row and one past the highest."""
+    if (batch.count == 1).all():
+        return batch.src, batch.src + batch.run
+    return byte_extents(batch.src, batch.count, batch.src_step, batch.run)
+
+
+def destination_extents(batch: Batch) -> tuple[IntArray, IntArray]:
+    if (batch.count == 1).all():
+        return batch.dst, batch.dst + batch.run
+    return byte_extents(batch.dst, batch.count, batch.dst_step, batch.run)
