@@ -22,7 +22,7 @@ import numpy as np
 
 from peerload.digest import PRIME, digest_boxes
 from peerload.geometry import Box
-from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, TensorSpec
+from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, SourceId, TensorSpec
 from peerload.space import HOST, digest_layout
 from peerload.verify import Claims, Measured, compare
 
@@ -115,7 +115,8 @@ def comparison(rounds: int, tensors: int = 25_000) -> dict[str, float]:
     halves = (quarter.reshape(tensors, 2, 2).sum(axis=2) % np.uint64(PRIME)).reshape(-1)
     claims = Claims(catalog, tensor, start, stop, halves, rank, ("seed/rank 0", "seed/rank 1"))
     tensor, rank, start, stop = boxes(4)
-    measured = Measured(catalog, rank, tensor, start, stop, quarter.reshape(-1), rank // 2, claims.sources)
+    sources = tuple(SourceId("seed", r, "1") for r in (0, 1))
+    measured = Measured(catalog, rank, tensor, start, stop, quarter.reshape(-1), rank // 2, sources)
     assert compare(claims, measured).unproven_nbytes == 0
     judge = statistics.median(timed(lambda: compare(claims, measured)) for _ in range(rounds))
     encode = statistics.median(timed(measured.encode) for _ in range(rounds))

@@ -16,6 +16,11 @@ from typing import Any, Final
 
 from .errors import ConfigError
 
+#: The longest that any setting may ask to wait, seconds: a day.
+LONGEST_S: Final = 86400.0
+#: The most bytes, or threads, that any setting may ask for.
+MOST: Final = 1 << 50
+
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -48,8 +53,11 @@ class Config:
         ("on", "off"),
     )  # fmt: skip
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
-    wait_s: float = _setting(0.0, "seconds to wait for a seed that isn't there yet before falling back")
-    deadline_s: float = _setting(600.0, "seconds the whole load may take")
+    wait_s: float = _setting(
+        0.0, "seconds to wait for seeds that aren't there yet before falling back, at most 86400. Ends sooner when those that "
+        "are there hold all that they will ever give"
+    )  # fmt: skip
+    deadline_s: float = _setting(600.0, "seconds the whole load may take, the waiting included; at most 86400, a day")
     stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like one that died")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
     retain_bytes: int = _setting(
@@ -70,14 +78,18 @@ class Config:
                 object.__setattr__(self, setting.name, value)
             wanted = type(setting.default)
             if wanted is float and type(value) is int:
-                object.__setattr__(self, setting.name, float(value))
+                object.__setattr__(self, setting.name, float(max(-1, min(value, MOST))))
             elif type(value) is not wanted:
                 raise ConfigError(f"{setting.name} is {value!r}, must be of type {wanted.__name__}")
             if choices and value not in choices:
                 raise ConfigError(f"{setting.name} is {value!r}, must be one of {', '.join(choices)}")
         for name in ("wait_s", "deadline_s", "stall_s", "staging_bytes", "retain_bytes", "threads"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
+            value = getattr(self, name)
+            if value < 0:
+                raise ConfigError(f"{name} is {value}, must not be negative")
+            most = LONGEST_S if isinstance(value, float) else MOST
+            if not value <= most:  # nor is NaN
+                raise ConfigError(f"{name} is more than {most:g}, or no number at all")
 
     @property
     def verifies(self) -> bool:
@@ -103,9 +115,11 @@ class Config:
                 text = path.read_text(encoding="utf-8")
             except OSError as error:
                 raise ConfigError(f"configuration file {path}: {error.strerror}") from error
+            except ValueError as error:  # no text, or no name that a file can have
+                raise ConfigError(f"configuration file {str(path)!r:.200}: {error}") from error
         try:
             values = json.loads(text) if text else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError("the configuration must be one JSON object")

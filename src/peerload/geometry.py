@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ManifestError
+
+#: Runs of bytes that are compared one by one, where nothing better is known: half a second and 200 MB.
+MAX_RUNS = 1 << 22
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -116,7 +121,7 @@ def disjoint_bytes(offset: IntArray, shape: IntArray, stride: IntArray, itemsize
 
     offset[n], shape[n, D], stride[n, D], itemsize[n] in bytes; each row must be `injective` itself. Rows whose extents
     are apart cost a sort; interleaved ones (row-parallel halves side by side) are compared as boxes of the lattice that
-    their strides span, and byte by byte where no such lattice exists.
+    their strides span, and run by run where no such lattice exists. Raises ManifestError where those are more than MAX_RUNS.
     """
     low, high = byte_extents(offset, shape, stride, itemsize)
     order = np.argsort(low, kind="stable")
@@ -149,15 +154,43 @@ def _clash(offset: IntArray, shape: IntArray, stride: IntArray, itemsize: IntArr
         whole = np.concatenate([[np.iinfo(np.int64).max], steps[:-1] // steps[1:]])
         if (start + size <= whole).all():
             return first_overlap(np.zeros(len(start), np.int64), start, start + size)
-    seen: dict[int, int] = {}
-    for row in range(len(offset)):
-        at = np.array([offset[row]])
-        for extent, step in zip(shape[row], stride[row], strict=True):
-            at = (at[:, None] + np.arange(extent) * step).ravel()
-        for byte in at.tolist():
-            if seen.setdefault(byte, row) != row:
-                return seen[byte], row
-    return None
+    return _clash_of_runs(offset, shape, stride)
+
+
+def _clash_of_runs(offset: IntArray, shape: IntArray, stride: IntArray) -> tuple[int, int] | None:
+    """`_clash`, for rows of single bytes with strides of any kind: every contiguous run of each row is looked at."""
+    dims: list[list[tuple[int, int]]] = []  # of each row, from the smallest stride up, what remains when runs are cut off
+    runs: list[int] = []
+    for steps, extents in zip(stride.tolist(), shape.tolist(), strict=True):
+        run, left = 1, sorted((step, n) for step, n in zip(steps, extents, strict=True) if n > 1)
+        while left and left[0][0] == run:
+            run *= left.pop(0)[1]
+        dims.append(left)
+        runs.append(run)
+    total = sum(math.prod(n for _, n in left) for left in dims)
+    if total > MAX_RUNS:
+        raise ManifestError(
+            "layout.pieces",
+            f"{len(dims)} of them are interleaved in one buffer with strides that aren't multiples of each other, in {total} "
+            f"runs of bytes; at most {MAX_RUNS} can be compared",
+        )
+    at = []
+    for row, left in enumerate(dims):
+        begin = offset[row : row + 1]
+        for step, n in left:
+            begin = (begin[:, None] + np.arange(n) * step).ravel()
+        at.append(begin)
+    owner = np.repeat(np.arange(len(at)), [len(begin) for begin in at])
+    begin = np.concatenate(at)
+    order = np.argsort(begin, kind="stable")
+    begin, owner = begin[order], owner[order]
+    end = begin + np.array(runs)[owner]
+    reach = np.maximum.accumulate(end)
+    hit = np.flatnonzero(begin[1:] < reach[:-1])
+    if len(hit) == 0:
+        return None
+    first = int(hit[0])  # nothing overlapped before: the run just before it reaches furthest
+    return int(owner[first]), int(owner[first + 1])
 
 
 def first_overlap(group: IntArray, start: IntArray, stop: IntArray) -> tuple[int, int] | None:

@@ -6,22 +6,33 @@ still wanted is planned again over the offers that are still trusted.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
-import numpy.typing as npt
 
 from .config import Config
 from .deadline import Deadline
 from .digest import DigestArray
-from .errors import CommitError, ConfigError, DeadlineExceeded, PeerloadError, PlanError, SourcesExhausted, VerifyError
-from .geometry import IntArray
+from .errors import (
+    ConfigError,
+    CoordinatorError,
+    DeadlineExceeded,
+    PeerloadError,
+    PlanError,
+    Refusal,
+    SourceError,
+    SourcesExhausted,
+    SourceStale,
+    VerifyError,
+)
+from .exchange import Finding, Group
+from .geometry import BoolArray, IntArray
+from .ledger import Ledger, Rows
 from .manifest import Layout, ModelKey, Offer, SourceId, is_derived
 from .memory import Arena
 from .plan import Plan, Wants, make_plan
@@ -30,15 +41,19 @@ from .rpc.client import CoordinatorClient
 from .space import space_on
 from .transfer import Outcome, Reader
 from .transport.base import Region, Transport
+from .transport.host import boot_id
 from .verify import Claims, Measured, State, Verdict, compare
 
 log = logging.getLogger(__name__)
 
 #: Times a range that arrived wrong is read again before the load is given up.
 REREADS = 3
-#: What the ranks of an instance exchange goes in parts of this size at most, bytes; all ranks' together are one message.
-PART_NBYTES = (1 << 20) - 1
-MESSAGE_NBYTES = 32 << 20
+#: Times a load begins anew with other sources, because weights have changed or sources have gone.
+RESTARTS = 5
+#: A source that changes its weights has announced them again within this time, or is given up, seconds.
+CHANGE_S = 10.0
+#: One more look at who is there takes no longer, seconds.
+LOOK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,70 +103,54 @@ class Job:
 
 
 def load(job: Job) -> Receipt:
-    """Fill the buffers. Returns when every rank of the instance holds proven bytes; raises otherwise, on every rank."""
+    """Fill the buffers. Returns when every rank of the instance holds its bytes, proven as `config.verify` asks. Raises
+    otherwise, on every rank, a little after `config.deadline_s` at the latest."""
     if job.member.size > 1 and job.coordinator is None:
         raise ConfigError("several ranks can't agree without a coordinator", next_step="give its url")
     run = _Run(job, Deadline.after(job.config.deadline_s))
     try:
-        offers = run.discover()
+        run.discover()
         with run.registered() as reader:
             wants = Wants.of(job.layout)
             while True:
-                run.fetch(wants, offers, reader)
-                verdict = run.verify(offers)
-                if run.all_agree(verdict):
+                run.fetch(wants, reader)
+                measured = run.measure()
+                skewed = measured.skewed()
+                if skewed:
+                    wants = run.refreshed(skewed)
+                    continue
+                verdict = run.judge(measured)
+                wrong = run.wrong(verdict)
+                if wrong is None:
                     run.complete()
                     return run.receipt(verdict)
-                wants = run.doubted(verdict)
+                wants = run.doubted(verdict, wrong)
     except BaseException as error:
-        run.abort(error)
+        run.group.abort(error)
         raise
 
 
-@dataclass(slots=True)
-class _Filled:
-    """What has been read so far, as columns that grow: boxes of layout pieces, whom they came from, their digests."""
-
-    piece: IntArray
-    start: IntArray
-    stop: IntArray
-    source: IntArray
-    digest: DigestArray
-
-    @classmethod
-    def nothing(cls, width: int) -> _Filled:
-        none, boxes = np.zeros(0, np.int64), np.zeros((0, width), np.int64)
-        return cls(none, boxes, boxes, none, np.zeros(0, np.uint64))
-
-    def __len__(self) -> int:
-        return len(self.piece)
-
-    def take(self, rows: npt.NDArray[np.generic]) -> _Filled:
-        return _Filled(self.piece[rows], self.start[rows], self.stop[rows], self.source[rows], self.digest[rows])
-
-    def add(self, piece: IntArray, start: IntArray, stop: IntArray, source: IntArray, digest: DigestArray) -> None:
-        self.piece, self.source = np.append(self.piece, piece), np.append(self.source, source)
-        self.start, self.stop = np.concatenate([self.start, start]), np.concatenate([self.stop, stop])
-        self.digest = np.append(self.digest, digest)
-
-
 class _Run:
-    """The state of one `load`: what is filled, who is lost, who is mistrusted, and how long each phase took."""
+    """The state of one `load`: what is filled, who is there, lost or mistrusted, and how long each phase took."""
 
     def __init__(self, job: Job, deadline: Deadline) -> None:
         self.job, self.deadline = job, deadline
+        member = job.member
+        self.group = Group(member.group, member.rank, member.size, job.coordinator, deadline)
         self.space = space_on(job.regions[0].device if job.regions else "cpu")
         self.begun_s = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.filled = _Filled.nothing(job.layout.catalog.width)
-        self.sources: list[str] = []
-        self.read_from: dict[str, Read] = {}
-        self.everybody: dict[str, Read] = {}
-        self.failures: dict[SourceId, str] = {}
+        self.ledger = Ledger(job.layout)
+        self.offers: list[Offer] = []  # those that may be read, as they were when we last looked
+        self.known: dict[SourceId, Offer] = {}  # all that were ever seen: what they announced still proves what they gave
+        self.refusals: dict[SourceId, Refusal] = {}
+        self.failures: dict[SourceId, SourceError] = {}
         self.suspicion: dict[str, int] = {}
+        self.everybody: dict[str, Read] = {}
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
-        self.round = self.rereads = self.hashed = 0
+        self.rereads = self.restarts = self.looks = 0
         self.left: set[str] = set()
+        self.changing = False  # somebody's weights, which are soon announced again
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -161,30 +160,119 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def discover(self) -> list[Offer]:
-        """Everyone who holds this model, whatever their layout; waits up to `wait_s` until they hold all we want."""
-        job, coordinator = self.job, self.job.coordinator
-        if coordinator is None:
-            return []
+    # Who is there.
 
-        def others(offers: Sequence[Offer]) -> list[Offer]:
-            return [o for o in offers if o.source.instance != job.member.instance]
-
-        def enough(offers: Sequence[Offer]) -> bool:
-            try:
-                make_plan(job.layout, others(offers), match=job.config.match)
-            except PlanError:
-                return False
-            return True
-
+    def discover(self) -> None:
+        """Everyone who holds this model, whatever their layout; waits up to `wait_s` until they hold all that seeds will ever
+        give us."""
+        job = self.job
+        if job.coordinator is None:
+            return
         with self.phase("discover"):
             if job.config.wait_s > 0:
+                wants = Wants.of(job.layout)
                 try:
-                    return others(coordinator.wait_for(job.model, self.deadline.within(job.config.wait_s), enough))
+                    waited = self.deadline.within(job.config.wait_s)
+                    self._seen(job.coordinator.wait_for(job.model, waited, lambda offers: self._enough(wants, offers)))
                 except DeadlineExceeded:
                     if not self._reserve or self.deadline.remaining_s == 0:
                         raise
-            return others(coordinator.discover(job.model))
+                except CoordinatorError:  # it was away for all of that time; there is more
+                    pass
+                else:
+                    return
+            self._seen(job.coordinator.discover(job.model, self.deadline))
+
+    def _seen(self, offers: Sequence[Offer]) -> None:
+        """These are there now, besides ourselves. Says whom we can't use, once."""
+        self.offers, refused = self._usable(offers)
+        self.known.update((o.source, o) for o in offers)
+        new = [r for source, r in refused.items() if source not in self.refusals]
+        self.refusals.update(refused)
+        if new:
+            log.warning("peerload: rank %d leaves out %d sources\n%s", self.job.member.rank, len(new), _listed(new))
+
+    def _usable(self, offers: Sequence[Offer]) -> tuple[list[Offer], dict[SourceId, Refusal]]:
+        found, refused = [], {}
+        newest: dict[str, int] = {}
+        for source in (o.source for o in offers):
+            newest[source.instance] = max(source.changes, newest.get(source.instance, 0))
+        for offer in offers:
+            if offer.source.instance == self.job.member.instance:
+                continue
+            reason = self._unusable(offer)
+            if offer.source.changes < newest[offer.source.instance]:
+                reason = "still announces weights that other ranks of its instance have changed"
+                self.changing = True
+            if reason:
+                refused[offer.source] = Refusal(str(offer.source), reason)
+            else:
+                found.append(offer)
+        return found, refused
+
+    def _unusable(self, offer: Offer) -> str:
+        """Why an offer can't be read from here, or an empty string."""
+        if self.job.config.verifies and offer.binding.digests is None:
+            return "announces no digests, so nothing would prove its bytes (start it with verify on, or set verify to off here)"
+        ours, theirs = self.job.transports, [e.transport for e in offer.binding.endpoints]
+        if not any(name in ours for name in theirs):
+            return f"it offers {', '.join(theirs) or 'no transport'}, here is {', '.join(ours) or 'none'}"
+        elsewhere = offer.binding.host not in ("", boot_id())
+        if elsewhere and all(ours[name].limits.same_host for name in theirs if name in ours):
+            return f"is on another host, and offers {', '.join(theirs)} only"
+        return ""
+
+    def _enough(self, wants: Wants, offers: Sequence[Offer]) -> bool:
+        """Do they hold all of `wants` that seeds will ever hold? What the caller makes itself is not waited for, nor what all of
+        their ranks have given up (post-processing has rewritten it) and the reserve has."""
+        usable, _ = self._usable(offers)
+        usable = [o for o in usable if o.source not in self.failures]
+        match = self.job.config.match
+        try:
+            make_plan(wants, usable, match=match)
+        except PlanError as error:
+            holes = {hole.tensor for hole in error.holes}
+        else:
+            return True
+        holes = {name for name in holes if not (self.job.derives and is_derived(name))}
+        gone = {name for offer in usable for name in offer.layout.ignored}
+        if not usable or not holes <= gone:
+            return False
+        reserve = [o for o in self._reserve if o.source not in self.failures]
+        try:
+            make_plan(_without(wants, {n for n in wants.layout.catalog.names if n not in holes}), [], reserve=reserve)
+        except PlanError:
+            return not holes
+        return True
+
+    def _anew(self, wants: Wants) -> bool:
+        """Look again who is there, now that nobody is left for `wants`. Is there somebody new who has it? A source that changes
+        its weights gets a little time to announce them."""
+        coordinator, model = self.job.coordinator, self.job.model
+        if coordinator is None or self.looks >= RESTARTS:
+            return False
+        self.looks += 1
+        stale = self.changing or any(isinstance(error, SourceStale) for error in self.failures.values())
+        left_s = self.job.config.wait_s - (time.perf_counter() - self.begun_s)
+        patience_s = max(left_s, CHANGE_S if stale else 0.0)
+
+        def suffices(offers: Sequence[Offer]) -> bool:
+            return self._enough(wants, offers)
+
+        try:
+            with self.phase("discover"):
+                offers = coordinator.discover(model, self.deadline.within(LOOK_S))
+                if not suffices(offers):
+                    if patience_s <= 0:
+                        return False
+                    offers = coordinator.wait_for(model, self.deadline.within(patience_s), suffices)
+        except (CoordinatorError, DeadlineExceeded) as error:
+            log.info("peerload: rank %d found nobody new: %s", self.job.member.rank, error.message)
+            return False
+        self._seen(offers)
+        return True
+
+    # What is read.
 
     @contextmanager
     def registered(self) -> Iterator[Reader]:
@@ -198,7 +286,7 @@ class _Run:
                     self.space.fill(constant, self.job.address)
             yield reader
 
-    def fetch(self, wants: Wants, offers: Sequence[Offer], reader: Reader) -> None:
+    def fetch(self, wants: Wants, reader: Reader) -> None:
         """Read all of `wants`; a source that fails gives its remainder back to the planner."""
         total, done, lock = wants.nbytes, 0, Lock()
 
@@ -210,8 +298,13 @@ class _Run:
             self.job.on_bytes("transfer", now, total)
 
         while len(wants) or wants.opaque:
-            with self.phase("plan"):
-                plan = self._plan(wants, offers)
+            try:
+                with self.phase("plan"):
+                    plan = self.plan(wants)
+            except (PlanError, SourcesExhausted):
+                if not self._anew(wants):
+                    raise
+                continue
             with self.phase("transfer"):
                 outcome = reader.read(plan, self.job.address, self.deadline, on_bytes)
             self._note(plan, outcome)
@@ -221,18 +314,19 @@ class _Run:
     def _reserve(self) -> list[Offer]:
         return list(self.job.reserve) if self.job.config.fallback == "disk" else []
 
-    def _plan(self, wants: Wants, offers: Sequence[Offer]) -> Plan:
+    def plan(self, wants: Wants) -> Plan:
         """Over the instances that were never wrong; when those don't suffice, with one suspect more at a time, so that
         what was wrong is read whole from one that can be told right from wrong."""
         config, member = self.job.config, self.job.member
-        seeds, reserve = ([o for o in some if o.source not in self.failures] for some in (offers, self._reserve))
+        seeds, reserve = ([o for o in some if o.source not in self.failures] for some in (self.offers, self._reserve))
         suspicion = {o.source.instance: self.suspicion.get(o.source.instance, 0) for o in (*seeds, *reserve)}
         order = sorted(suspicion, key=lambda instance: (suspicion[instance], instance))
         trusted = sum(count == 0 for count in suspicion.values())
+        refused, salt = tuple(self.refusals.values()), f"{member.instance}/{member.rank}"
         while True:
             usable, last = ([o for o in some if o.source.instance in order[:trusted]] for some in (seeds, reserve))
             try:
-                return make_plan(wants, usable, reserve=last, match=config.match, salt=f"{member.instance}/{member.rank}")
+                return make_plan(wants, usable, reserve=last, match=config.match, salt=salt, refused=refused)
             except PlanError as error:
                 left = self._leave(wants, error)  # rather than trust a suspect
                 if len(left) < len(wants):
@@ -243,66 +337,80 @@ class _Run:
                     raise self._exhausted(error) from error
 
     def _leave(self, wants: Wants, error: PlanError) -> Wants:
-        """Without the derived tensors that nobody can supply, if the caller can make them."""
+        """Without the derived tensors that nobody can supply, if the caller can make them. It makes them whole, so what has come
+        of them counts for nothing."""
         lacking = {hole.tensor for hole in error.holes if self.job.derives and is_derived(hole.tensor)}
         self.left |= lacking
-        names = wants.layout.catalog.names
-        kept = np.array([names[tensor] not in lacking for tensor in wants.tensor.tolist()], np.bool_)
-        return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept], wants.opaque)
+        if lacking:
+            self.ledger.drop(_of(wants.layout, self.ledger.rows.piece, lacking))
+        return _without(wants, lacking)
 
     def _exhausted(self, error: PlanError) -> PeerloadError:
         if not self.failures:
             return error
-        lost = "; ".join(f"{source} ({problem})" for source, problem in self.failures.items())
+        lost = "; ".join(f"{source} ({problem.problem})" for source, problem in self.failures.items())
         return SourcesExhausted(f"rank {self.job.member.rank} lost {lost}, and nobody else can supply the rest\n{error.message}",
                                 next_step="start another seed, or allow fallback=disk")  # fmt: skip
 
     def _note(self, plan: Plan, outcome: Outcome) -> None:
         for source, error in outcome.failures.items():
             log.warning("peerload: rank %d: %s; planning the rest anew", self.job.member.rank, error.message)
-            self.failures[source] = error.problem
+            self.failures[source] = error
+        reserve = {o.source for o in self._reserve}
+        number = self.ledger.numbers(replace(o.source, generation="") if o.source in reserve else o.source for o in plan.offers)
         done = np.setdiff1d(np.arange(len(plan)), outcome.undone)
-        names = [str(o.source) for o in plan.offers]
-        self.sources += [name for name in names if name not in self.sources]
-        number = np.array([self.sources.index(name) for name in names], np.int64)
-        piece, start, stop = plan.wants.piece[plan.want[done]], plan.start[done], plan.stop[done]
-        self.filled.add(piece, start, stop, number[plan.offer[done]], np.zeros(len(done), np.uint64))
-        nbytes = np.bincount(plan.offer[done], plan.copy_nbytes[done], len(names)).astype(np.int64)
-        copies = np.bincount(plan.offer[done], minlength=len(names))
+        self.ledger.add(plan.wants.piece[plan.want[done]], plan.start[done], plan.stop[done], number[plan.offer[done]])
         for row, offer, _ in plan.opaque:
             if row not in outcome.undone_opaques:
-                nbytes[offer] += plan.wants.layout.opaques[row].nbytes
-                copies[offer] += 1
-        for name, size, count in zip(names, nbytes.tolist(), copies.tolist(), strict=True):
-            if count:
-                before = self.read_from.get(name, Read(0, 0))
-                self.read_from[name] = Read(before.nbytes + size, before.operations + count)
+                self.ledger.opaques[row] = int(number[offer])
         self.wire_nbytes += outcome.wire_nbytes
         self.attached_nbytes += outcome.attached_nbytes
         self.operations += outcome.operations
         self.staging_nbytes = max(self.staging_nbytes, outcome.staging_nbytes)
 
-    def verify(self, offers: Sequence[Offer]) -> Verdict:
-        """Hash what arrived since the last time, exchange the numbers with the other ranks, and compare all of them with
-        what the sources announced."""
-        catalog, filled = self.job.layout.catalog, self.filled
-        with self.phase("verify"):
-            if self.job.config.verifies:
-                filled.digest[self.hashed :] = self._hash(filled.take(np.arange(self.hashed, len(filled))))
-                self.hashed = len(filled)
-            else:
-                filled = _Filled.nothing(catalog.width)
-            rank = np.full(len(filled), self.job.member.rank)
-            tensor = self.job.layout.pieces.tensor[filled.piece]
-            sources = tuple(self.sources)
-            mine = Measured(catalog, rank, tensor, filled.start, filled.stop, filled.digest, filled.source, sources)
-        parts = self._exchange(mine.encode())
-        with self.phase("verify"):
-            measured = Measured.join([Measured.decode(part, catalog) for part in parts])
-            read = set(measured.sources)
-            return compare(Claims.of(measured.catalog, [o for o in offers if str(o.source) in read]), measured)
+    # What it is worth.
 
-    def _hash(self, boxes: _Filled) -> DigestArray:
+    def measure(self) -> Measured:
+        """Hash what arrived since the last time, and exchange with the other ranks the numbers and the sources: without `verify`
+        the sources alone."""
+        catalog, ledger, member = self.job.layout.catalog, self.ledger, self.job.member
+        with self.phase("verify"):
+            rows = ledger.rows
+            if self.job.config.verifies:
+                new = np.flatnonzero(~rows.hashed)
+                rows.digest[new] = self._hash(rows.take(new))
+                rows.hashed[new] = True
+            else:
+                rows = rows.take(np.zeros(len(rows), np.bool_))
+            used = np.unique(ledger.rows.source)  # what was dropped came from nobody
+            sources = tuple(ledger.sources[number] for number in used.tolist())
+            mine = Measured(
+                catalog, np.full(len(rows), member.rank), self.job.layout.pieces.tensor[rows.piece], rows.start, rows.stop,
+                rows.digest, np.searchsorted(used, rows.source), sources,
+            )  # fmt: skip
+            said = mine.encode()
+        with self.phase("commit"):
+            parts = self.group.tell(said)
+        with self.phase("verify"):
+            return mine if len(parts) == 1 else Measured.join(self._decoded(parts))
+
+    def _decoded(self, parts: Sequence[bytes]) -> list[Measured]:
+        """Every rank's measurements. Raises CommitError, naming the rank, for what none can have sent."""
+        catalog, heard = self.job.layout.catalog, []
+        known = {spec.name: spec for spec in catalog}
+        for rank, part in enumerate(parts):
+            try:
+                one = Measured.decode(part, catalog)
+            except VerifyError as error:
+                raise self.group.nonsense(rank, error.message) from error
+            if (one.rank != rank).any():
+                raise self.group.nonsense(rank, "measurements of another rank")
+            if one.catalog != catalog and any(known.setdefault(spec.name, spec) != spec for spec in one.catalog):
+                raise self.group.nonsense(rank, "a derived tensor that another rank knows in another dtype or shape")
+            heard.append(one)
+        return heard
+
+    def _hash(self, boxes: Rows) -> DigestArray:
         pieces, tensor = self.job.layout.pieces, self.job.layout.pieces.tensor[boxes.piece]
         stride = pieces.stride[boxes.piece]
         address = self.job.address[pieces.buffer[boxes.piece]] + pieces.offset[boxes.piece]
@@ -310,46 +418,96 @@ class _Run:
         catalog, threads = self.job.layout.catalog, self.job.config.threads
         return self.space.digest(catalog, tensor, boxes.start, boxes.stop, address, stride, threads)
 
-    def all_agree(self, verdict: Verdict) -> bool:
-        """Commit if every rank is content. Raises VerifyError when sources contradict each other, or when ranges have
-        arrived wrong too often."""
+    def refreshed(self, skewed: Collection[str]) -> Wants:
+        """The ranks have read different generations of the instances `skewed`, and all of them know. What of these is no longer
+        on offer has to be read again."""
+        names, member = ", ".join(sorted(skewed)), self.job.member
+        if self.restarts >= RESTARTS:
+            raise SourcesExhausted(
+                f"the weights of {names} changed {RESTARTS + 1} times while the ranks of {member.instance} read them",
+                next_step="load from seeds that don't change, or change them less often",
+            )
+        self.restarts += 1
+        self.changing = True
+        log.warning("peerload: rank %d: the ranks have read different generations of %s; discovering again", member.rank, names)
+        assert self.job.coordinator is not None, "there are other ranks"
+        with self.phase("discover"):
+            self._seen(self.job.coordinator.discover(self.job.model, self.deadline))
+        current = {o.source for o in self.offers}
+        stale = np.array([s.instance in skewed and s not in current for s in self.ledger.sources], np.bool_)
+        return self._again(stale[self.ledger.rows.source])
+
+    def _again(self, rows: BoolArray) -> Wants:
+        """Forget these rows of the ledger; returns what they were."""
+        gone = self.ledger.drop(rows)
+        return Wants(self.job.layout, gone.piece, gone.start, gone.stop)
+
+    def judge(self, measured: Measured) -> Verdict:
+        """Compare all ranks' numbers with what the sources announced, each in the generation that was read."""
+        if not self.job.config.verifies:
+            return compare(Claims.of(measured.catalog, []), measured)
+        if any(s.generation and s not in self.known for s in measured.sources):  # it came after we had looked
+            assert self.job.coordinator is not None, "another rank has read from it"
+            with self.phase("discover"):
+                self._seen(self.job.coordinator.discover(self.job.model, self.deadline))
+        with self.phase("verify"):
+            claims = Claims.of(measured.catalog, [self.known[s] for s in measured.sources if s in self.known])
+            return compare(claims, measured)
+
+    def wrong(self, verdict: Verdict) -> IntArray | None:
+        """Which of our rows have to be read again, as all ranks find; None to commit, if every rank is content with all of them.
+        Raises VerifyError when sources contradict each other, or when ranges have arrived wrong too often."""
         if verdict.contradictions:
             raise VerifyError(
                 "the sources hold different weights\n" + _listed(verdict.contradictions),
                 next_step="withdraw the seed that is wrong, or give the weights different revisions",
             )
-        said = {"doubts": [str(m) for m in verdict.mismatches[:20]], "read": self.read_from}
-        told = [json.loads(part) for part in self._exchange(json.dumps(said).encode())]
+        member, ranks = self.job.member, range(self.group.size)
+        wrong = {rank: verdict.wrong(rank).tolist() for rank in (ranks if len(ranks) > 1 else [member.rank])}
+        finding = Finding([str(m) for m in verdict.mismatches], wrong, self.ledger.read())
+        with self.phase("commit"):
+            parts = self.group.tell(finding.encode())
+        counts = np.bincount(verdict.measured.rank, minlength=max(wrong) + 1).tolist()
+        told: list[Finding] = []
+        for rank, part in enumerate(parts):
+            try:
+                told.append(Finding.decode(part, counts))
+            except ValueError as error:
+                raise self.group.nonsense(rank, error) from error
         self.everybody = {}
-        for name, (nbytes, operations) in (item for rank in told for item in rank["read"].items()):
+        for name, read in (item for one in told for item in one.read.items()):
             before = self.everybody.get(name, Read(0, 0))
-            self.everybody[name] = Read(before.nbytes + nbytes, before.operations + operations)
-        doubts = [line for rank in told for line in rank["doubts"]]
+            self.everybody[name] = Read(before.nbytes + read.nbytes, before.operations + read.operations)
+        doubts = {line for one in told for line in one.doubts}
         if doubts and self.rereads >= REREADS:
             raise VerifyError(
-                f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(set(doubts))),
+                f"after {REREADS + 1} reads, bytes are still wrong\n" + _listed(sorted(doubts)),
                 next_step="withdraw the seed that all of them were read from, or look at this host's memory and network",
             )
-        return not doubts
+        if not doubts:
+            return None
+        return np.array(sorted({row for one in told for row in one.wrong.get(member.rank, ())}), np.int64)
 
     def complete(self) -> None:
         """The caller's own last step, and the vote on it."""
         if self.job.complete is not None:
             with self.phase("complete"):
                 self.job.complete(tuple(sorted(self.left)))
-            self._exchange(b"")
+            with self.phase("commit"):
+                self.group.tell(b"")
 
-    def doubted(self, verdict: Verdict) -> Wants:
+    def doubted(self, verdict: Verdict, wrong: IntArray) -> Wants:
         """What this rank has to read again, from elsewhere if anybody else has it."""
         for mismatch in verdict.mismatches:
             log.warning("peerload: rank %d: %s; reading it again", self.job.member.rank, mismatch)
         self.rereads += 1
-        wrong = verdict.wrong(self.job.member.rank)
-        bad, layout = self.filled.take(wrong), self.job.layout
         self._suspect(verdict)
-        self.filled = self.filled.take(np.setdiff1d(np.arange(len(self.filled)), wrong))
-        self.hashed = len(self.filled)
-        wants = Wants(layout, bad.piece, bad.start, bad.stop)
+        rows = np.zeros(len(self.ledger.rows), np.bool_)
+        rows[wrong] = True
+        for number in np.unique(self.ledger.rows.source[rows]).tolist():  # other ranks may know better
+            instance = self.ledger.sources[number].instance
+            self.suspicion[instance] = max(1, self.suspicion.get(instance, 0))
+        wants = self._again(rows)
         self.reread_nbytes += wants.nbytes
         return wants
 
@@ -360,51 +518,36 @@ class _Run:
             for instance in instances:
                 self.suspicion[instance] = self.suspicion.get(instance, 0) + (1000 if len(instances) == 1 else 1)
 
-    def _exchange(self, payload: bytes) -> list[bytes]:
-        """Every rank's payload, by rank, once all have sent theirs. Raises CommitError if one has given up."""
-        member, coordinator = self.job.member, self.job.coordinator
-        if coordinator is None or member.size == 1:
-            return [payload]
-        step = min(PART_NBYTES, MESSAGE_NBYTES // member.size)
-        parts = [payload[at : at + step] for at in range(0, len(payload), step)] or [b""]
-        heard: list[bytes] = [b""] * member.size
-        more = True
-        with self.phase("commit"):
-            while more:  # until nobody's payload has another part: its first byte says so
-                part = parts.pop(0) if parts else b""
-                said = (b"+" if parts else b".") + part
-                answers = coordinator.agree(self.job.member.group, self.round, member.rank, member.size, said, self.deadline)
-                self.round += 1
-                heard = [old + new[1:] for old, new in zip(heard, answers, strict=True)]
-                more = any(new[:1] == b"+" for new in answers)
-        return heard
-
-    def abort(self, error: BaseException) -> None:
-        """Let the other ranks know, so that none of them waits or serves."""
-        member, coordinator = self.job.member, self.job.coordinator
-        if coordinator is None or member.size == 1 or isinstance(error, CommitError):
-            return
-        reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
-        try:
-            for number in (self.round, self.round + 1):  # the others may have agreed on this round without our hearing of it
-                coordinator.abort(self.job.member.group, number, member.rank, member.size, reason)
-        except PeerloadError as unheard:
-            log.warning("peerload: rank %d could not tell the others that it gave up: %s", member.rank, unheard.message)
-
     def receipt(self, verdict: Verdict) -> Receipt:
-        rank = self.job.member.rank
-        proven = verdict.nbytes(State.PROVEN, rank)
+        rank, config, ledger = self.job.member.rank, self.job.config, self.ledger
         layout = self.job.layout
         left = [row for row in layout.written.tolist() if layout.tensor_of(row).name in self.left]
         needed = Wants.of(layout).nbytes - int(layout.piece_nbytes[left].sum())
+        proven = np.zeros(len(ledger.rows), np.bool_)
+        if config.verifies:
+            proven = verdict.state[verdict.measured.rank == rank] == State.PROVEN
+        own = np.array([not source.generation for source in ledger.sources], np.bool_)[ledger.rows.source] & ~proven
+        verified, checkpoint = int(ledger.nbytes[proven].sum()), int(ledger.nbytes[own].sum())
         return Receipt(
-            model=str(self.job.model), rank=rank, sources=dict(self.read_from), instance=self.everybody, needed_nbytes=needed,
+            model=str(self.job.model), rank=rank, sources=ledger.read(), instance=self.everybody, needed_nbytes=needed,
             wire_nbytes=self.wire_nbytes, operations=self.operations, attached_nbytes=self.attached_nbytes,
-            seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s,
-            verified_nbytes=proven, unverified_nbytes=needed - proven, reread_nbytes=self.reread_nbytes,
-            staging_nbytes=self.staging_nbytes, digest=verdict.digest, digest_tensors=verdict.digest_tensors,
-            left=tuple(sorted(self.left)),
+            seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s, verify=config.verifies,
+            verified_nbytes=verified, checkpoint_nbytes=checkpoint, unverified_nbytes=needed - verified - checkpoint,
+            reread_nbytes=self.reread_nbytes, staging_nbytes=self.staging_nbytes, digest=verdict.digest,
+            digest_tensors=verdict.digest_tensors, left=tuple(sorted(self.left)), digests=ledger.digests(),
         )  # fmt: skip
+
+
+def _of(layout: Layout, piece: IntArray, names: Collection[str]) -> BoolArray:
+    """[n] whether layout piece piece[n] is one of a tensor named so."""
+    tensors = [layout.catalog.row[name] for name in names]
+    return np.isin(layout.pieces.tensor[piece], tensors)
+
+
+def _without(wants: Wants, names: Collection[str]) -> Wants:
+    """Less the boxes of these tensors."""
+    kept = ~_of(wants.layout, wants.piece, names)
+    return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept], wants.opaque)
 
 
 def _listed(rows: Sequence[object]) -> str:

@@ -12,6 +12,7 @@ Pure: standard library and NumPy only.
 from __future__ import annotations
 
 import math
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -391,11 +392,23 @@ def _check_layout(layout: Layout) -> None:
 
 @dataclass(frozen=True, slots=True, order=True)
 class SourceId:
-    """One rank of one instance in one life. `generation` changes when the process restarts or its weights change."""
+    """One rank of one instance in one life. `generation` changes when the process restarts or its weights change. A seed's has
+    32 hex digits, of which the last 8 count the changes: all ranks of an instance change their weights together, so only ranks
+    with the same number hold parts of the same weights."""
 
     instance: str
     rank: int
     generation: str
+
+    @classmethod
+    def new(cls, instance: str, rank: int, changes: int) -> SourceId:
+        return cls(instance, rank, f"{uuid.uuid4().hex[:24]}{changes % (1 << 32):08x}")
+
+    @property
+    def changes(self) -> int:
+        """How often the weights had changed since the seed began; 0 where the generation isn't a seed's."""
+        seeds = len(self.generation) == 32 and set(self.generation) <= set("0123456789abcdef")
+        return int(self.generation[24:], 16) if seeds else 0
 
     def __str__(self) -> str:
         return f"{self.instance}/rank {self.rank}"

@@ -132,16 +132,18 @@ def make_plan(
     match: str = "any",
     salt: str = "",
     loads: Mapping[SourceId, int] | None = None,
+    refused: Sequence[Refusal] = (),
 ) -> Plan:
     """Plan one target rank.
 
     offers: all source ranks that may be read, of any layout. reserve: the last resort (a checkpoint on disk), read only
     for boxes that `offers` lacks. match: "any", or "same-parallelism" to refuse offers of other TP, PP or EP sizes.
     salt: ranks that plan for themselves with different salts spread their reads differently. loads: bytes each source is
-    already asked for. Raises PlanError with every hole and refusal.
+    already asked for. refused: what the caller has left out of `offers`, and why. Raises PlanError with every hole and refusal.
     """
     wants = Wants.of(wants) if isinstance(wants, Layout) else wants
     usable, refusals = _admit(wants.layout, [*offers, *reserve], match, frozenset(o.source for o in reserve))
+    refusals = [*refused, *refusals]
     tiers = [1 if any(o is r for r in reserve) else 0 for o in usable]
     load = [(loads or {}).get(o.source, 0) for o in usable]
     cells = _cells(wants, usable, tiers)

@@ -28,11 +28,14 @@ class Receipt:
     needed_nbytes: what the layout wants; wire_nbytes: what was moved for it, rereads and staging overhead included.
     attached_nbytes: the part of wire_nbytes that is mapped out of a peer's memory on this host: shared with it, not moved.
     seconds: by phase (discover, plan, register, transfer, verify, commit), phases of zero length left out; wall_s: all of it.
-    verified_nbytes + unverified_nbytes: the bytes received, proven by a seed's announcement or not.
+    How each byte received is proven: verified_nbytes by the digests that seeds announced; checkpoint_nbytes were read from this
+    host's own checkpoint and no digest covers them; unverified_nbytes by nothing, since `verify` was off, or since this rank
+    holds only a part of what a digest covers and pulled alone. Together they are needed_nbytes.
     reread_nbytes: received wrong, and read again.
     left: logical tensors that nobody held and that the engine has to derive from the checkpoint itself.
     digest: sum, modulo 2^61 - 1, of the digests of the `digest_tensors` logical tensors that the ranks of this instance hold
     whole between them: equal for equal weights whatever the parallel layout.
+    digests: of each piece of the layout that was received and hashed whole, by its row. A seed of these weights passes them on.
     """
 
     model: str
@@ -45,13 +48,16 @@ class Receipt:
     attached_nbytes: int = 0
     seconds: Mapping[str, float]
     wall_s: float
+    verify: bool = True
     verified_nbytes: int = 0
+    checkpoint_nbytes: int = 0
     unverified_nbytes: int = 0
     reread_nbytes: int = 0
     staging_nbytes: int = 0
     digest: int = 0
     digest_tensors: int = 0
     left: tuple[str, ...] = ()
+    digests: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -70,9 +76,22 @@ class Receipt:
         """Bytes on the wire for each byte needed; 1.0 is exact."""
         return self.wire_nbytes / self.needed_nbytes if self.needed_nbytes else 1.0
 
+    @property
+    def proof(self) -> str:
+        """What the bytes are proven by, in words."""
+        parts = []
+        if self.checkpoint_nbytes:
+            parts.append(f"{readable(self.checkpoint_nbytes)} read from this host's own checkpoint")
+        if self.unverified_nbytes:
+            why = "a rank alone holds only parts of what the seeds' digests cover" if self.verify else "verify is off"
+            parts.append(f"{readable(self.unverified_nbytes)} not proven ({why})")
+        if not parts:
+            return "all verified by the seeds' digests"
+        return ", ".join([f"{readable(self.verified_nbytes)} verified by the seeds' digests", *parts])
+
     def to_dict(self) -> dict[str, object]:
-        """For JSON; `digest` in hexadecimal."""
-        fields: dict[str, object] = dataclasses.asdict(self)
+        """For JSON; `digest` in hexadecimal, without the `digests` of pieces."""
+        fields: dict[str, object] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "digests"}
         for read in ("sources", "instance"):
             fields[read] = {name: r._asdict() for name, r in getattr(self, read).items()}
         fields["seconds"] = {phase: round(seconds, 6) for phase, seconds in self.seconds.items()}
@@ -87,11 +106,10 @@ class Receipt:
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())
-        proof = "all verified" if not self.unverified_nbytes else f"{self.unverified_nbytes} bytes unverified"
         rate = f"{self.transfer_gb_per_s:.2f} GB/s, {self.operations} operations, {self.overhead:.3f}x the bytes"
         return (
             f"{self.model} rank {self.rank}: {self.needed_nbytes} bytes in {self.wall_s:.3f} s "
-            f"from {len(self.sources)} sources ({rate}; {phases}), {proof}"
+            f"from {len(self.sources)} sources ({rate}; {phases}), {self.proof}"
         )
 
 

@@ -3,22 +3,23 @@
     with Seed(model, layout, address, coordinator=..., transports=..., instance="replica-1"):
         serve()
 
-Entering hashes the weights once, writes the fence and takes a lease; a thread renews the lease, and announces again when
-the coordinator has forgotten it. Leaving clears the fence first, so that nobody reads what is no longer vouched for.
+Entering hashes the weights once, unless they have just been proven, writes the fence and takes a lease; a thread renews the
+lease, and announces again when the coordinator has forgotten it. Leaving clears the fence first, so that nobody reads what is
+no longer vouched for.
 """
 
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from threading import Event, Lock, Thread
 
 import numpy as np
 import numpy.typing as npt
 
 from .deadline import Deadline
+from .digest import PRIME
 from .errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from .geometry import IntArray
 from .manifest import FENCE_NBYTES, Binding, Endpoint, Layout, ModelKey, Offer, SourceId
@@ -28,6 +29,7 @@ from .space import HOST, Space, digest_layout
 from .transfer import fence
 from .transport.base import Transport
 from .transport.files import FilesTransport
+from .transport.host import boot_id
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,11 @@ class Seed:
     model files (config.json) for targets that have no copy. arena: holds all the buffers, and is frozen, so that targets on this
     host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
     a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out;
-    targets then can't verify.
+    targets then refuse the seed unless they load with verify off.
+
+    proven: digests of pieces, by row of the layout, that were measured when these bytes arrived (`Receipt.digests`). They are
+    announced as they are: should memory have changed since, targets find out. Only the other pieces are hashed here.
+    on_ended: called once, in a thread of the seed, when another process has taken this rank's place: nothing is offered then.
     """
 
     def __init__(
@@ -61,13 +67,20 @@ class Seed:
         arena: Arena | None = None,
         space: Space = HOST,
         digests: bool = True,
+        proven: Mapping[int, int] | None = None,
         threads: int = 0,
         ttl_s: float = TTL_S,
+        on_ended: Callable[[LeaseSuperseded], None] = lambda _: None,
     ) -> None:
+        known = dict(proven or {})
+        if any(not 0 <= row < len(layout.pieces) or not 0 <= digest < PRIME for row, digest in known.items()):
+            raise ValueError("a proven digest is of no piece of the layout, or out of range")
         self._model, self._layout, self._address = model, layout, address
         self._coordinator, self._transports, self._instance = coordinator, transports, instance
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
         self._arena, self._space, self._digests, self._threads, self._ttl_s = arena, space, digests, threads, ttl_s
+        self._proven, self._on_ended = known, on_ended
+        self._changes = 0
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
@@ -84,34 +97,58 @@ class Seed:
         return self._offer
 
     def __enter__(self) -> Seed:
-        try:
-            self._publish()
-        except BaseException:
-            self._clear_fence()
-            self._fence.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self._fence.close)
+            undo.callback(self._clear_fence)
+            self._write()
+            with self._announcing:
+                self._lease = self._announce()
+            undo.pop_all()
         self._heart.start()
         self._huge.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear_fence()
-        self._withdraw()
-        self._heart.join(GOODBYE_S)
-        self._huge.join()
-        self._fence.close()
+        with ExitStack() as last:  # all of it, whatever fails; the last line comes first
+            last.callback(self._fence.close)
+            last.callback(self._huge.join)
+            last.callback(self._heart.join, GOODBYE_S)
+            last.callback(self._withdraw)
+            last.callback(self._clear_fence)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Change the weights in place: the old generation can't be read from the first moment on, the new one is announced
-        after the block. If the block raises, nobody knows what the weights are now: they are offered no more."""
+        """Change the weights in place; all ranks of an instance do so together, and equally often. The old generation can't be
+        read from the first moment on. The new one is announced after the block, or by a later heartbeat if the coordinator is
+        away. If the block raises, the weights are in an unknown state, so the offer is withdrawn. Raises LeaseSuperseded, after
+        which nothing is offered."""
         self._clear_fence()
         try:
             yield
         except BaseException:
             self._withdraw()
             raise
-        self._publish()
+        self._proven.clear()
+        self._changes += 1
+        self._republish()
+
+    def _republish(self) -> None:
+        try:
+            self._write()
+        except BaseException:
+            self._withdraw()
+            raise
+        with self._announcing:
+            self._lease = None  # of the old generation: to renew it would offer what the fence no longer vouches for
+            if self._stop.is_set():
+                return
+            try:
+                self._lease = self._announce()
+            except LeaseSuperseded as error:
+                self._end(error)
+                raise
+            except (CoordinatorError, DeadlineExceeded) as error:
+                log.warning("peerload: %s could not be announced, trying again: %s", self.offer.source, error.message)
 
     def _clear_fence(self) -> None:
         self._fence.write(bytes(FENCE_NBYTES))
@@ -131,27 +168,35 @@ class Seed:
             self._lease = None
             self._announcing.release()
 
-    def _publish(self) -> None:
-        """Hash what is in memory now, and announce it as a new generation."""
-        generation = uuid.uuid4().hex
+    def _write(self) -> None:
+        """A new generation of what is in memory now: its fence and its offer. Nobody is told of it yet."""
+        source = SourceId.new(self._instance, self._layout.rank, self._changes)
         endpoints = self._endpoints()  # first: memory that a transport pins can't be frozen; pinned once frozen, it is copied
         if self._thawed():
             endpoints = self._endpoints()
         digests: npt.NDArray[np.uint64] | None = None
         if self._digests:
-            digests = digest_layout(self._space, self._layout, self._address, threads=self._threads)
-        self._fence.write(fence(generation))
+            digests = self._digest()
+        self._fence.write(fence(source.generation))
         binding = Binding(
-            SourceId(self._instance, self._layout.rank, generation),
+            source,
             self._address,
             endpoints,
             digests=digests,
             fence_address=self._fence.address,
+            host=boot_id(),
             attributes=self._attributes,
         )
         with self._announcing:
             self._offer = Offer(self._layout, binding)
-            self._lease = self._announce()
+
+    def _digest(self) -> npt.NDArray[np.uint64]:
+        """[pieces], those proven as they were proven."""
+        digests = np.zeros(len(self._layout.pieces), np.uint64)
+        digests[list(self._proven)] = list(self._proven.values())
+        rows = np.setdiff1d(np.arange(len(digests)), list(self._proven))
+        digests[rows] = digest_layout(self._space, self._layout, self._address, rows=rows, threads=self._threads)
+        return digests
 
     def _thawed(self) -> bool:
         """Freeze the arena, once. True if its memfd mustn't be read (any more), which the transports have then been told: the
@@ -189,18 +234,27 @@ class Seed:
                     if not self._stop.is_set():
                         self._renew()
             except LeaseSuperseded as error:
-                log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)  # noqa: TRY400 - nothing to trace
+                self._end(error)
                 return
             except (CoordinatorError, DeadlineExceeded) as error:
                 log.warning("peerload: heartbeat of %s failed, trying again: %s", self.offer.source, error.message)
             except Exception:
                 log.exception("peerload: heartbeat of %s failed, trying again", self.offer.source)
 
+    def _end(self, error: LeaseSuperseded) -> None:
+        """Another process has this rank's place."""
+        log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)
+        self._lease = None
+        self._stop.set()
+        self._on_ended(error)
+
     def _renew(self) -> None:
         """Raises LeaseSuperseded when another process has taken this rank's place."""
         deadline = Deadline.after(self._ttl_s / 3)  # a late heartbeat is of no use
         try:
-            if self._lease is not None:
+            if self._lease is None:  # a change could not be announced
+                self._lease = self._announce()
+            else:
                 self._coordinator.renew(self._lease, deadline)
         except LeaseUnknown:
             log.info("peerload: the coordinator has forgotten %s; announcing again", self.offer.source)

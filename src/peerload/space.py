@@ -117,8 +117,11 @@ def space_on(device: str) -> Space:
     raise HostError(f"weights on {device}: only CPU and CUDA memory can be loaded or offered")
 
 
-def digest_layout(space: Space, layout: Layout, address: IntArray, *, threads: int = 0) -> DigestArray:
-    """[pieces] digests of everything a rank holds in `space`, its buffers at `address` [buffers]."""
-    pieces = layout.pieces
+def digest_layout(
+    space: Space, layout: Layout, address: IntArray, *, rows: IntArray | None = None, threads: int = 0
+) -> DigestArray:
+    """[pieces] digests of everything a rank holds in `space`, its buffers at `address` [buffers]; of these `rows` only, if
+    they are given."""
+    pieces = layout.pieces if rows is None else layout.pieces.take(rows)
     where = address[pieces.buffer] + pieces.offset
     return space.digest(layout.catalog, pieces.tensor, pieces.start, pieces.stop, where, pieces.stride, threads)

@@ -22,7 +22,7 @@ import numpy as np
 from .digest import PRIME, DigestArray, tensor_keys
 from .errors import ManifestError, VerifyError
 from .geometry import BoolArray, Box, IntArray, pad_left, volumes
-from .manifest import Catalog, Offer, TensorSpec, frozen, is_derived
+from .manifest import Catalog, Offer, SourceId, TensorSpec, frozen, is_derived
 from .tiling import Tilings, dense
 
 _MAGIC: Final = b"PLM1"
@@ -80,7 +80,9 @@ def _rows_of(ours: Catalog, theirs: Catalog) -> IntArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """Rank rank[i] holds box start[i]..stop[i] of catalog row tensor[i], read from sources[source[i]], with digest[i]."""
+    """Rank rank[i] holds box start[i]..stop[i] of catalog row tensor[i], read from sources[source[i]], with digest[i].
+
+    sources: with the generation that was read; an empty one is a rank's own checkpoint."""
 
     catalog: Catalog
     rank: IntArray
@@ -89,7 +91,7 @@ class Measured:
     stop: IntArray
     digest: DigestArray
     source: IntArray
-    sources: tuple[str, ...]
+    sources: tuple[SourceId, ...]
 
     def __post_init__(self) -> None:
         n, width = len(self.tensor), self.catalog.width
@@ -112,12 +114,23 @@ class Measured:
         derived tensors, of which the whole has all."""
         whole = Catalog.of(dict.fromkeys(spec for part in parts for spec in part.catalog))
         parts = [part._in(whole) for part in parts]
-        sources = tuple(dict.fromkeys(name for part in parts for name in part.sources))
-        number = {name: i for i, name in enumerate(sources)}
+        sources = tuple(dict.fromkeys(source for part in parts for source in part.sources))
+        number = {source: i for i, source in enumerate(sources)}
         renumbered = [np.array([number[s] for s in p.sources] or [0], np.int64)[p.source] for p in parts]
         rank, tensor, start, stop = (np.concatenate([getattr(p, c) for p in parts]) for c in ("rank", "tensor", "start", "stop"))
         digest = np.concatenate([p.digest for p in parts])
         return cls(whole, rank, tensor, start, stop, digest, np.concatenate(renumbered), sources)
+
+    def skewed(self) -> frozenset[str]:
+        """Instances that were read before and after their weights changed, or they restarted: either one rank in two
+        generations, or ranks that have changed a different number of times."""
+        found: dict[tuple[str, int], set[str]] = {}
+        changes: dict[str, set[int]] = {}
+        for source in self.sources:
+            found.setdefault((source.instance, source.rank), set()).add(source.generation)
+            changes.setdefault(source.instance, set()).add(source.changes)
+        skewed = {instance for (instance, _), generations in found.items() if len(generations) > 1}
+        return frozenset(skewed | {instance for instance, counts in changes.items() if len(counts) > 1})
 
     def _in(self, whole: Catalog) -> Measured:
         """The same rows, numbered as in a catalog that has all of ours."""
@@ -128,7 +141,8 @@ class Measured:
     def encode(self) -> bytes:
         """For the exchange between ranks: about 10 bytes a row, the digests above all."""
         common, derived = _split(self.catalog)
-        head = {"rows": len(self), "catalog": _fingerprint(common), "derived": derived, "sources": self.sources}
+        sources = [(s.instance, s.rank, s.generation) for s in self.sources]
+        head = {"rows": len(self), "catalog": _fingerprint(common), "derived": derived, "sources": sources}
         text = json.dumps(head).encode()
         tensor = _rows_of(Catalog.of([*common, *derived]), self.catalog)[self.tensor] if derived else self.tensor
         table = np.column_stack([self.rank, tensor, self.source, self.start, self.stop]).astype("<i8")
@@ -145,15 +159,16 @@ class Measured:
             (size,) = struct.unpack_from("<I", data, len(_MAGIC))
             at = len(_MAGIC) + 4 + size
             head = json.loads(data[at - size : at])
-            n, theirs, sources = max(0, int(head["rows"])), head["catalog"], tuple(map(str, head["sources"]))
+            n, theirs = max(0, int(head["rows"])), head["catalog"]
+            sources = tuple(SourceId(str(name), int(number), str(generation)) for name, number, generation in head["sources"])
             digest = np.frombuffer(data, "<u8", n, at).astype(np.uint64)
             derived = [TensorSpec(str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in head["derived"]]
             catalog = Catalog.of([*common, *derived])
-            width = 3 + 2 * catalog.width
+            width, shape = 3 + 2 * catalog.width, catalog.shape
             raw = zlib.decompressobj().decompress(data[at + 8 * n :], 8 * n * width + 1) if n else b""
             steps = np.frombuffer(raw, "<i8").reshape(width, n)
-        except (struct.error, ValueError, KeyError, TypeError, zlib.error, ManifestError) as error:
-            raise VerifyError(f"a rank's measurements are garbled: {error}") from error
+        except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error, ManifestError) as error:
+            raise VerifyError(f"a rank's measurements are garbled: {type(error).__name__}: {error}") from error
         if not data.startswith(_MAGIC) or theirs != _fingerprint(common):
             raise VerifyError(
                 "a rank measured another list of tensors than this one plans with",
@@ -164,7 +179,7 @@ class Measured:
         start, stop = table[3 : 3 + catalog.width].T.copy(), table[3 + catalog.width :].T.copy()
         inside = (tensor >= 0) & (tensor < len(catalog)) & (source >= 0) & (source < len(sources))
         inside &= (rank >= 0) & (digest < PRIME)
-        if not inside.all() or (start < 0).any() or (stop <= start).any() or (stop > catalog.shape[tensor]).any():
+        if not inside.all() or (start < 0).any() or (stop <= start).any() or (stop > shape[tensor]).any():
             raise VerifyError("a rank's measurements name a box outside its tensor, or a digest out of range")
         return cls(catalog, rank, tensor, start, stop, digest, source, sources)
 
@@ -363,7 +378,7 @@ class _Comparison:
                 Mismatch(
                     *self._place(int(self.target_row[target]) if target >= 0 else int(wrong[0])),
                     tuple(np.unique(measured.rank[wrong]).tolist()),
-                    tuple(sorted({measured.sources[s] for s in measured.source[wrong].tolist()})),
+                    tuple(sorted({str(measured.sources[s]) for s in measured.source[wrong].tolist()})),
                     tuple(sorted({claims.sources[s] for s in said.tolist()})),
                 )
             ] = None
@@ -375,7 +390,7 @@ class _Comparison:
     def _contradiction(self, target: int, rows: IntArray | None = None) -> Contradiction:
         said = {self.claims.sources[s] for s in self.claims.source[self.claims_of[target]].tolist()}
         if rows is not None:
-            said |= {self.measured.sources[s] for s in self.measured.source[rows].tolist()}
+            said |= {str(self.measured.sources[s]) for s in self.measured.source[rows].tolist()}
         return Contradiction(*self._place(int(self.target_row[target])), tuple(sorted(said)))
 
     def _place(self, row: int) -> tuple[str, Box]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import MODEL, good, needs_nixl, only, seed, target
 
+from peerload import exchange
 from peerload.bare import BareRank
 from peerload.errors import PlanError
 from peerload.manifest import ModelKey, Parallel
@@ -25,7 +25,6 @@ from peerload.transport.faulty import Faults, Faulty
 from peerload.transport.local import LocalTransport
 
 pytestmark = pytest.mark.e2e
-load_module = importlib.import_module("peerload.load")  # `peerload.load` itself is the function
 
 
 class TestChoosingSources:
@@ -113,7 +112,7 @@ class TestStaging:
 
 class TestSize:
     def test_measurements_larger_than_a_message_go_in_parts(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(load_module, "PART_NBYTES", 100)
+        monkeypatch.setattr(exchange, "PART_NBYTES", 100)
         with SeedProcess(seed(url, "a")):
             good(results := load_ranks(target(url, 3)))
         assert len({r.receipt.digest for r in results if r.receipt is not None}) == 1
@@ -148,6 +147,7 @@ MEASURE = """
 import json, sys
 from contextlib import closing
 from pathlib import Path
+from peerload import exchange
 from peerload.bare import BareRank
 from peerload.config import Config
 from peerload.load import Job, Member, load

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import MODEL, NAME, Slow, coordinator_process, faulty, good, only, seed, target
 
+from peerload.bare import BareRank
+from peerload.deadline import Deadline
 from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded
-from peerload.manifest import Parallel
-from peerload.testing.instances import CONFIG, SeedProcess, TargetProcess, load_ranks, on_disk
+from peerload.geometry import Box, IntArray
+from peerload.load import Job, Member, load
+from peerload.manifest import Catalog, Layout, ModelKey, Parallel, Piece, Pieces, TensorSpec
+from peerload.rpc.client import CoordinatorClient
+from peerload.seed import Seed
+from peerload.testing.instances import CONFIG, SeedProcess, TargetProcess, content, load_ranks, on_disk
+from peerload.testing.layouts import layout
 from peerload.transport.faulty import Faults
+from peerload.transport.local import LocalTransport
+from peerload.transport.registry import opened_transports
+from peerload.verify import Measured
 
 pytestmark = pytest.mark.e2e
 
@@ -62,9 +76,68 @@ class TestAllOrNone:
         assert result.seconds < 8
 
     def test_a_rank_of_another_size_is_refused(self, url: str) -> None:
-        with SeedProcess(seed(url, "a")):
-            results = load_ranks(target(url, 2, ranks=(0,)), size=1)
-            good(results)
+        """Rank 0 says there are two, rank 1 that there are three: neither loads."""
+        with SeedProcess(seed(url, "a")), ThreadPoolExecutor(1) as pool:
+            other = pool.submit(load_ranks, target(url, 2, ranks=(0,), launch="sizes"))
+            results = [*load_ranks(target(url, 2, ranks=(1,), launch="sizes"), size=3), *other.result()]
+        for result in results:
+            assert isinstance(result.error, CommitError), result.error
+            assert re.search(r"rank [01] says the group has [23] ranks, an earlier vote said [23]", str(result.error))
+            assert result.seconds < 10
+
+    @pytest.mark.parametrize("said", [b"", b".", b"+", b".{}", b".[[", b".PLM1garbage", b"." + bytes(300)])
+    def test_a_rank_that_talks_nonsense_is_named(self, url: str, said: bytes) -> None:
+        launch = f"nonsense {said[:40]!r}"
+        with SeedProcess(seed(url, "a")), CoordinatorClient(url) as client, ThreadPoolExecutor(1) as pool:
+            vote = pool.submit(client.agree, f"target/{launch}", 0, 1, 2, said, Deadline.after(20))
+            if said[:1] == b"+":  # there is more, and then there is nothing
+                vote = pool.submit(client.agree, f"target/{launch}", 1, 1, 2, b"", Deadline.after(20))
+            (result,) = load_ranks(target(url, 2, ranks=(0,), launch=launch))
+            vote.result()
+        assert isinstance(result.error, CommitError), result.error
+        assert "rank 1 sent what makes no sense" in str(result.error)
+
+    @pytest.mark.parametrize(
+        "said",
+        [b"", b"{", b"[]", b"null", b'{"doubts": 5, "wrong": {}, "read": {}}', b"[" * 100_000, b"\xff",
+         b'{"doubts": [], "wrong": {"0": [1000000]}, "read": {}}', b'{"doubts": [], "wrong": {"7": [0]}, "read": {}}',
+         b'{"doubts": [], "wrong": {}, "read": {"a/rank 0": [1.5, NaN]}}'],
+    )  # fmt: skip
+    def test_a_rank_whose_verdict_makes_no_sense_is_named(self, url: str, said: bytes) -> None:
+        launch = f"verdict {said[:40]!r}"
+        none, boxes = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+        empty = Measured(layout(MODEL).catalog, none, none, boxes, boxes, np.zeros(0, np.uint64), none, ())
+        with SeedProcess(seed(url, "a")), CoordinatorClient(url) as client, ThreadPoolExecutor(1) as pool:
+            group = f"target/{launch}"
+            pool.submit(client.agree, group, 0, 1, 2, b"." + empty.encode(), Deadline.after(20))
+            vote = pool.submit(client.agree, group, 1, 1, 2, b"." + said, Deadline.after(20))
+            (result,) = load_ranks(target(url, 2, ranks=(0,), launch=launch))
+            vote.result()
+            with pytest.raises(CommitError, match=r"rank 0 aborted: .*rank 1 sent what makes no sense"):
+                client.agree(group, 2, 1, 2, b"", Deadline.after(5))  # it hears of it, too
+        assert isinstance(result.error, CommitError), result.error
+        assert "rank 1 sent what makes no sense" in str(result.error)
+
+
+def with_derived(made: Layout, spec: TensorSpec) -> Layout:
+    """A layout that also wants a vector which its engine computes, in a buffer of its own."""
+    p, width = made.pieces, made.catalog.width
+    one = Pieces.of([Piece(len(made.catalog), Box.whole(spec.shape), len(made.buffer_names), 0, (4,))], width)
+    pieces = Pieces(*(np.concatenate([getattr(p, c), getattr(one, c)]) for c in Pieces.__slots__))
+    return replace(made, catalog=Catalog.of([*made.catalog, spec]), buffer_names=(*made.buffer_names, spec.name),
+                   buffer_nbytes=np.append(made.buffer_nbytes, 4 * spec.shape[0]), pieces=pieces)  # fmt: skip
+
+
+def holder(stack: ExitStack, made: Layout) -> tuple[IntArray, LocalTransport]:
+    """Memory of a rank, filled as it must be, and a transport that offers it."""
+    bare = BareRank.of(made)
+    stack.callback(bare.arena.close)
+    must = content(MODEL, made.parallel, made.rank)
+    for name, address, nbytes in zip(made.buffer_names, bare.address.tolist(), made.buffer_nbytes.tolist(), strict=True):
+        bare.arena.write(address, must[name][:nbytes].tobytes())
+    local = stack.enter_context(closing(LocalTransport(1)))
+    local.register(bare.regions("arena"))
+    return bare.address, local
 
 
 #: Rank 1 of a TP2 target on the main thread, over a source that takes a second for each read.
@@ -127,22 +200,67 @@ class TestCoordinator:
     def test_it_is_down(self) -> None:
         with coordinator_process() as (process, url):
             process.kill()
-        error = only(load_ranks(target(url)), CoordinatorError)
+        (result,) = results = load_ranks(target(url, config=CONFIG.replace(deadline_s=3.0)))
+        error = only(results, CoordinatorError)
+        assert 2.5 < result.seconds < 7
         assert f"coordinator {url} can't be reached" in str(error)
         assert "is `peerload coordinator` running there" in str(error)
 
-    def test_it_dies_before_the_commit(self) -> None:
+    def test_it_comes_back_within_the_deadline(self, tmp_path: Path) -> None:
+        """Later than any call of its client would wait by itself."""
+        where = f"sqlite:{tmp_path}/db"
+        with ExitStack() as stack:
+            first, url = stack.enter_context(coordinator_process(where))
+            stack.enter_context(SeedProcess(seed(url, "a", ttl_s=30.0)))
+            first.kill()
+            first.wait()
+            later = threading.Timer(5.0, lambda: stack.enter_context(coordinator_process(where, url)))
+            later.start()
+            good(results := load_ranks(target(url, 2)))
+            later.join()
+        assert min(r.seconds for r in results) > 4
+
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+    def test_it_goes_before_the_commit(self, how: signal.Signals) -> None:
+        """Every rank gives up soon after its deadline, and says what kept it."""
         with coordinator_process() as (process, url), SeedProcess(seed(url, "a")):
-            kill = Slow("a/", 20, process.kill)
+            gone = Slow("a/", 20, lambda: process.send_signal(how))
             life = target(url, 2, config=CONFIG.replace(deadline_s=4.0))
-            results = load_ranks(life, wrap=lambda r, t: kill(r, t) if r == 0 else t)
+            results = load_ranks(life, wrap=lambda r, t: gone(r, t) if r == 0 else t)
+        assert gone.happened.is_set()
         for result in results:
             assert isinstance(result.error, CoordinatorError | DeadlineExceeded), result.error
             assert url in str(result.error)
-            assert result.seconds < 15
+            assert result.seconds < 4 + 2 + 2  # the deadline, the farewell, a busy machine
 
 
 class TestWaiting:
+    def test_what_the_seeds_will_never_have_is_not_waited_for(self, url: str, tmp_path: Path) -> None:
+        """They are complete, but for a tensor that is computed at their size alone and one that their engine has rewritten."""
+        whole = layout(MODEL)
+        lost = whole.catalog.names[0]
+        kept = replace(whole, pieces=whole.pieces.take(whole.pieces.tensor != 0), ignored={lost: "rewritten by post-processing"})
+        wanted = with_derived(whole, TensorSpec("A by test 1 tp1", "F32", (4,)))
+        config = CONFIG.replace(wait_s=60.0, fallback="disk")
+        with ExitStack() as stack:
+            client = stack.enter_context(CoordinatorClient(url))
+            address, local = holder(stack, whole)
+            key = ModelKey(NAME[-1], MODEL.name)
+            stack.enter_context(
+                Seed(key, kept, address, coordinator=client, transports={"local": local}, instance="a", threads=1)
+            )
+            here = BareRank.of(wanted)
+            stack.callback(here.arena.close)
+            transports = stack.enter_context(opened_transports(config))
+            job = Job(key, wanted, here.address, here.regions("arena"), Member("target"), transports, config, coordinator=client,
+                      reserve=[on_disk(MODEL, tmp_path)], derives=True)  # fmt: skip
+            receipt = load(job)
+        assert receipt.wall_s < 20
+        assert receipt.left == ("A by test 1 tp1",)
+        assert set(receipt.sources) == {"a/rank 0", f"{tmp_path}/rank 0"}
+        assert 0 < receipt.checkpoint_nbytes < receipt.needed_nbytes
+        assert receipt.verified_nbytes + receipt.checkpoint_nbytes == receipt.needed_nbytes
+
     def test_a_target_waits_for_a_seed_that_comes_later(self, url: str) -> None:
         with ExitStack() as stack:
             later = threading.Timer(1.0, lambda: stack.enter_context(SeedProcess(seed(url, "a"))))
@@ -175,6 +293,7 @@ class TestWaiting:
             life = target(url, config=CONFIG.replace(wait_s=1.0, fallback="disk"))
             good(results := load_ranks(life, reserve=[on_disk(MODEL, tmp_path)]))
         assert results[0].receipt is not None
+        assert results[0].receipt.seconds["discover"] > 0.9  # the other half might have come
         assert len(results[0].receipt.sources) == 2
 
     def test_the_deadline_ends_a_slow_transfer(self, url: str) -> None:

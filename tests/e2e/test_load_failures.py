@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -83,10 +85,15 @@ class TestLostSource:
 
     def test_a_seed_that_ends_politely_while_it_is_read(self, url: str) -> None:
         with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):
-            leave = Slow("a/", 20, lambda: a.ask("leave"))
+            leave = Slow("a/", 20, a.close)
             results = load_ranks(target(url), wrap=leave)
         assert leave.happened.is_set()
         good(results)
+        receipt = results[0].receipt
+        assert receipt is not None
+        from_b = receipt.sources["b/rank 0"].nbytes
+        assert from_b > 0.6 * receipt.needed_nbytes  # half of it had been planned from a
+        assert sum(read.nbytes for read in receipt.sources.values()) == receipt.needed_nbytes
 
     def test_all_of_many_seeds_but_one_die(self, url: str) -> None:
         with ExitStack() as stack:
@@ -167,18 +174,59 @@ class TestWrongBytes:
             error = only(load_ranks(target(url)), VerifyError)
         assert "a/rank 0 and b/rank 0" in str(error)
 
-    def test_seeds_without_digests_prove_nothing(self, url: str) -> None:
+    def test_a_seed_without_digests_is_refused(self, url: str) -> None:
+        with SeedProcess(seed(url, "a", digests=False)) as a:
+            a.ask("flip")  # nobody would know
+            for error in (only(load_ranks(target(url)), PlanError), load_ranks(target(url, 2))[1].error):
+                assert isinstance(error, PlanError)
+                assert "a/rank 0: announces no digests" in str(error)
+
+    def test_a_seed_without_digests_beside_one_that_has_them(self, url: str, caplog: pytest.LogCaptureFixture) -> None:
+        with SeedProcess(seed(url, "a", digests=False)) as a, SeedProcess(seed(url, "b")):
+            a.ask("flip")
+            good(results := load_ranks(target(url, 2)))
+        for result in results:
+            assert result.receipt is not None
+            assert list(result.receipt.sources) == ["b/rank 0"]
+            assert result.receipt.verified_nbytes == result.receipt.needed_nbytes
+            assert result.receipt.proof == "all verified by the seeds' digests"
+        assert "a/rank 0: announces no digests" in caplog.text
+
+    def test_verify_off_takes_a_seed_without_digests(self, url: str) -> None:
         with SeedProcess(seed(url, "a", digests=False)):
-            good(results := load_ranks(target(url)))
-        assert results[0].receipt is not None
-        assert results[0].receipt.unverified_nbytes == results[0].receipt.needed_nbytes
+            good(results := load_ranks(target(url, config=CONFIG.replace(verify="off"))))
+        receipt = results[0].receipt
+        assert receipt is not None
+        assert receipt.unverified_nbytes == receipt.needed_nbytes
+        assert "not proven (verify is off)" in str(receipt)
+
+    def test_what_comes_from_the_own_checkpoint_is_counted_apart(self, url: str, tmp_path: Path) -> None:
+        """A seed without digests is no reason to fail where the disk may serve."""
+        with SeedProcess(seed(url, "a", digests=False)):
+            life = target(url, 2, config=CONFIG.replace(fallback="disk"))
+            good(results := load_ranks(life, reserve=[on_disk(MODEL, tmp_path)]))
+        for result in results:
+            assert result.receipt is not None
+            assert list(result.receipt.sources) == [f"{tmp_path}/rank 0"]
+            assert result.receipt.checkpoint_nbytes == result.receipt.needed_nbytes
+            assert (result.receipt.verified_nbytes, result.receipt.unverified_nbytes) == (0, 0)
+            assert "read from this host's own checkpoint" in str(result.receipt)
+
+    def test_a_rank_that_pulls_alone_says_what_it_can_not_prove(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")):
+            good(results := load_ranks(target(url, 2, ranks=(1,)), size=1))
+        receipt = results[0].receipt
+        assert receipt is not None
+        assert 0 < receipt.verified_nbytes < receipt.needed_nbytes
+        assert receipt.verified_nbytes + receipt.unverified_nbytes == receipt.needed_nbytes
+        assert "a rank alone holds only parts" in str(receipt)
 
 
 class TestGenerations:
     def test_a_seed_that_is_changing_cannot_be_read(self, url: str) -> None:
         with SeedProcess(seed(url, "a")) as a:
             a.ask("begin change")
-            error = only(load_ranks(target(url)), SourcesExhausted)
+            error = only(load_ranks(target(url, config=CONFIG.replace(deadline_s=3.0))), SourcesExhausted)
         assert "a/rank 0 (its weights have changed since it announced them)" in str(error)
 
     def test_a_seed_that_changes_while_it_is_read(self, url: str) -> None:
@@ -189,6 +237,56 @@ class TestGenerations:
         assert change.happened.is_set()
         assert results[0].receipt is not None
         assert set(results[0].receipt.sources) == {"b/rank 0"}
+
+    @pytest.mark.parametrize("verify", ["on", "off"])
+    def test_the_only_seed_changes_while_it_is_read(self, url: str, verify: str) -> None:
+        """Its new weights are found, and read from the beginning."""
+        config = CONFIG.replace(verify=verify, attach=False)
+        with SeedProcess(seed(url, "a", parallel=Parallel(tp=2), memory="plain")) as a:
+            change = Slow("a/", 30, lambda: a.ask("change"))
+            life = target(url, 2, version=1, config=config)
+            results = load_ranks(life, wrap=lambda r, t: change(r, t) if r == 0 else t)
+        assert change.happened.is_set()
+        good(results)
+
+    @pytest.mark.parametrize("verify", ["on", "off"])
+    def test_a_seed_changes_between_the_discoveries_of_two_ranks(
+        self, url: str, verify: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Rank 0 has read all it needs when the weights change; rank 1 reads the new ones. They end up with the same."""
+        how = {"launch": f"skew, verify {verify}", "version": 1, "config": CONFIG.replace(verify=verify, attach=False)}
+        full = threading.Event()
+        with SeedProcess(seed(url, "a", memory="plain")) as a, ThreadPoolExecutor(1) as pool:
+            early = pool.submit(
+                load_ranks, target(url, 2, ranks=(0,), **how),
+                on_bytes=lambda _, done, wanted: full.set() if done == wanted else None,
+            )  # fmt: skip
+            assert full.wait(20)
+            time.sleep(0.5)  # its closing fence
+            a.ask("change")
+            late = load_ranks(target(url, 2, ranks=(1,), **how))
+            good([*early.result(), *late])
+        assert "different generations of a; discovering again" in caplog.text
+
+    def test_without_verify_a_seed_that_dies_in_a_change_gives_no_wrong_byte(self, url: str) -> None:
+        config = CONFIG.replace(verify="off", attach=False)
+        with SeedProcess(seed(url, "a", memory="plain")) as a, SeedProcess(seed(url, "b", memory="plain")):
+            begin = Slow("a/", 20, lambda: a.ask("begin change"))
+            kill = Slow("a/", 30, a.kill)
+            good(load_ranks(target(url, config=config), wrap=lambda r, t: kill(r, begin(r, t))))
+        assert begin.happened.is_set()
+        assert kill.happened.is_set()
+
+    def test_a_seed_comes_back_after_it_was_lost(self, url: str) -> None:
+        """With time to wait, a load goes on with who comes next."""
+        with SeedProcess(seed(url, "a")) as a, ExitStack() as stack:
+            kill = Slow("a/", 30, a.kill)
+            later = threading.Timer(2.0, lambda: stack.enter_context(SeedProcess(seed(url, "b"))))
+            later.start()
+            good(results := load_ranks(target(url, 2, config=CONFIG.replace(wait_s=15.0)), wrap=kill))
+            later.join()
+        assert kill.happened.is_set()
+        assert any(r.receipt is not None and "b/rank 0" in r.receipt.sources for r in results)
 
     def test_what_changed_is_found_under_its_new_generation(self, url: str) -> None:
         with SeedProcess(seed(url, "a")) as a:

@@ -8,22 +8,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
+from conftest import coordinator_process
 
 from peerload.bare import BareRank, bare_ranks
 from peerload.config import Config
-from peerload.errors import CommitError, CoordinatorError, PlanError
+from peerload.errors import CommitError, CoordinatorError, HostError, LeaseSuperseded, PlanError, VerifyError
 from peerload.load import Member
-from peerload.manifest import ModelKey
+from peerload.manifest import ModelKey, Parallel, SourceId
 from peerload.rpc.client import CoordinatorClient, Lease
 from peerload.rpc.server import Coordinator, serve
 from peerload.seed import Seed
+from peerload.space import HOST, Fence, Host, digest_layout
 from peerload.testing.instances import Life, SeedProcess, load_ranks, on_disk
 from peerload.testing.layouts import layout, llama, tiny_llama
+from peerload.transport.host import boot_id
 from peerload.transport.local import LocalTransport
 
 pytestmark = pytest.mark.e2e
@@ -59,10 +65,11 @@ def local(rank: BareRank) -> Iterator[LocalTransport]:
         yield transport
 
 
-def make(client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0) -> Seed:
+def make(client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0, **more: Any) -> Seed:
     return Seed(
-        KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="seed", threads=1, ttl_s=ttl_s
-    )
+        KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="seed", threads=1, ttl_s=ttl_s,
+        **more,
+    )  # fmt: skip
 
 
 def descriptors() -> set[str]:
@@ -121,10 +128,126 @@ class TestLeases:
     def test_a_second_process_of_the_same_name_takes_over(
         self, client: CoordinatorClient, rank: BareRank, local: LocalTransport, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with make(client, rank, local), make(client, rank, local) as second:
+        ended: SimpleQueue[LeaseSuperseded] = SimpleQueue()
+        with make(client, rank, local, on_ended=ended.put), make(client, rank, local) as second:
+            assert second.offer.source.generation in ended.get(timeout=10).message
             time.sleep(1.0)
             assert [h.source for h in client.status().holdings] == [second.offer.source]
+        assert ended.empty()
         assert "no longer offered" in caplog.text
+
+    def test_where_it_runs_is_announced(self, client: CoordinatorClient, rank: BareRank, local: LocalTransport) -> None:
+        with make(client, rank, local):
+            assert [h.host for h in client.status().holdings] == [boot_id()]
+
+    @pytest.mark.parametrize("store", ["memory", "sqlite"])
+    def test_a_change_while_the_coordinator_is_away_is_announced_later(
+        self, rank: BareRank, local: LocalTransport, store: str, tmp_path: Path
+    ) -> None:
+        where = "memory" if store == "memory" else f"sqlite:{tmp_path}/db"
+        with ExitStack() as stack:
+            first, url = stack.enter_context(coordinator_process(where))
+            client = stack.enter_context(CoordinatorClient(url, timeout_s=0.5))
+            seed = stack.enter_context(make(client, rank, local, ttl_s=6.0))
+            before = seed.offer.source
+            first.kill()
+            first.wait()
+            with seed.changing():
+                view = rank.arena.view(int(rank.address[0]), 8)
+                view[:] = b"\1" * 8
+            assert seed.offer.source != before
+            stack.enter_context(coordinator_process(where, url))
+            with CoordinatorClient(url, timeout_s=10.0) as asks:
+                wait_until(lambda: [h.source for h in asks.status().holdings] == [seed.offer.source])
+                life = Life(url=url, model=MODEL, instance="target", config=CONFIG)
+                (result,) = load_ranks(life)
+                assert result.error is None
+
+    def test_a_seed_whose_fence_fails_is_withdrawn_all_the_same(
+        self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
+    ) -> None:
+        """As a GPU's driver may, in the end."""
+        seed = make(client, rank, local, space=BrokenFences())
+        with pytest.raises(HostError, match="out of order"), seed:
+            pass
+        assert client.status().holdings == ()
+        assert heartbeats() == []
+
+
+class TestChainOfCustody:
+    def test_bytes_that_change_before_they_are_offered_are_not_passed_on_as_truth(
+        self, coordinator: Coordinator, client: CoordinatorClient
+    ) -> None:
+        """a -> b -> c: a bit of b's memory flips after b has committed and before it offers; c finds out."""
+        life = Life(url=coordinator.address, model=MODEL, instance="a", config=CONFIG)
+        layouts = [layout(MODEL, Parallel(tp=2), rank) for rank in range(2)]
+        member = Member("b", size=2, launch="1")
+        with ExitStack() as stack:
+            with SeedProcess(life):
+                ranks = stack.enter_context(bare_ranks(layouts, KEY, member, CONFIG, client))
+            local = stack.enter_context(closing(LocalTransport(1)))
+            for rank, receipt in ranks:
+                assert len(receipt.digests) == len(rank.layout.pieces)
+                rank.arena.view(int(rank.address[0]), 1)[0] ^= 1
+                local.register(rank.regions("arena"))
+            for rank, receipt in ranks:
+                stack.enter_context(
+                    Seed(KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="b", threads=1,
+                         proven=receipt.digests)
+                )  # fmt: skip
+            (result,) = load_ranks(replace(life, instance="c", launch="2"))
+            assert isinstance(result.error, VerifyError), result.error
+            assert "announced" in result.error.message
+            with SeedProcess(life):
+                (result,) = load_ranks(replace(life, instance="c", launch="3"))
+            assert result.error is None
+            assert result.wrong == []
+            assert result.receipt is not None
+            assert result.receipt.reread_nbytes > 0
+
+    def test_proven_digests_are_those_of_hashing_it_all(self, coordinator: Coordinator, client: CoordinatorClient) -> None:
+        life = Life(url=coordinator.address, model=MODEL, instance="a", parallel=Parallel(tp=2), config=CONFIG)
+        third = bare_ranks([layout(MODEL, Parallel(tp=3), 1)], KEY, Member("b", rank=1), CONFIG, client)
+        with SeedProcess(life), third as ((rank, receipt),):
+            hashed = digest_layout(HOST, rank.layout, rank.address, threads=1)
+        assert receipt.digests == dict(enumerate(hashed.tolist()))
+        assert "digests" not in receipt.to_dict()
+
+    def test_what_has_changed_is_hashed_anew(self, client: CoordinatorClient, rank: BareRank, local: LocalTransport) -> None:
+        proven = dict.fromkeys(range(len(rank.layout.pieces)), 7)
+        del proven[0]
+        with make(client, rank, local, proven=proven) as seed:
+            assert seed.offer.binding.digests is not None
+            assert seed.offer.binding.digests.tolist() == [0, *[7] * len(proven)]  # zeros have digest 0
+            with seed.changing():
+                pass
+            assert not seed.offer.binding.digests.any()
+        for wrong in ({len(rank.layout.pieces): 0}, {0: -1}, {0: (1 << 61) - 1}):
+            with pytest.raises(ValueError, match="proven"):
+                make(client, rank, local, proven=wrong)
+
+
+class BrokenFences(Host):
+    """Memory whose fences can't be cleared."""
+
+    def fence(self) -> Fence:
+        fence = super().fence()
+        write = fence.write
+
+        def broken(data: bytes) -> None:
+            if not any(data):
+                raise HostError("out of order")
+            write(data)
+
+        fence.write = broken  # type: ignore[method-assign]
+        return fence
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end_s, "it never happened"
+        time.sleep(0.1)
 
 
 class SlowToHear(CoordinatorClient):
@@ -280,6 +403,26 @@ class TestCommand:
         assert rest == ""
         assert said["instance"]
         assert client.status().holdings == ()
+
+    def test_one_that_has_lost_its_place_stops_and_says_so(
+        self, coordinator: Coordinator, client: CoordinatorClient, tmp_path: Path
+    ) -> None:
+        from peerload.testing.checkpoints import make_checkpoint
+
+        command = [sys.executable, "-m", "peerload", "seed", "--checkpoint", str(make_checkpoint(tmp_path / "tiny"))]
+        command += ["--instance", "twin", "--url", coordinator.address]
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, "--json"], stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            (mine,) = client.status().holdings
+            offer = client.discover(mine.model)[0]
+            taken = replace(offer, binding=replace(offer.binding, source=SourceId.new("twin", 0, 0)))
+            client.announce(taken, mine.model)
+            _, errors = process.communicate(timeout=40)  # its next heartbeat
+        assert process.returncode == 1
+        assert "twin ends: " in errors
+        assert "Traceback" not in errors
 
 
 def test_the_disk_of_a_model_without_seeds(coordinator: Coordinator, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peerload.digest import PRIME
 from peerload.geometry import Box
-from peerload.manifest import Catalog, TensorSpec
+from peerload.manifest import Catalog, SourceId, TensorSpec
 from peerload.tiling import dense
 from peerload.verify import Claims, Measured, State, compare
 
@@ -76,7 +76,7 @@ def ask(claimed: Sequence[Placed], held: Sequence[Placed], damage: int | None = 
     zeros = np.zeros(len(held), np.int64)
     announced = np.array([total(b) for b in claimed], np.uint64)
     said = Claims(CATALOG, *arrays(claimed), announced, np.zeros(len(claimed), np.int64), ("s",))
-    verdict = compare(said, Measured(CATALOG, np.arange(len(held)), *arrays(held), digest, zeros, ("s",)))
+    verdict = compare(said, Measured(CATALOG, np.arange(len(held)), *arrays(held), digest, zeros, (SourceId("s", 0, "1"),)))
     assert verdict.ok == (State.WRONG not in verdict.state)
     return [State(s) for s in verdict.state.tolist()]
 

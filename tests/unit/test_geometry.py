@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerload.geometry import Box, byte_extents, disjoint_bytes, first_overlap, injective, pad_left, volumes
+from peerload.errors import ManifestError
+from peerload.geometry import Box, IntArray, byte_extents, disjoint_bytes, first_overlap, injective, pad_left, volumes
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -71,6 +73,22 @@ def test_columns_agree_with_boxes(data: st.DataObject, ndim: int, n: int) -> Non
     wide = pad_left(start, ndim + 2, 0)
     assert wide.shape == (n, ndim + 2)
     assert not wide[:, :2].any()
+
+
+def interleaved(n: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Rows of n single bytes that never meet, though no stride is a multiple of the other."""
+    return np.array([0, 1, 2]), np.array([[n]] * 3), np.array([[8], [12], [12]]), np.ones(3, np.int64)
+
+
+def test_rows_without_a_common_lattice_are_compared_run_by_run_within_bounds() -> None:
+    offset, shape, stride, itemsize = interleaved(1 << 18)
+    assert disjoint_bytes(offset, shape, stride, itemsize) is None
+    offset[2] -= 1
+    assert set(disjoint_bytes(offset, shape, stride, itemsize) or ()) == {1, 2}
+    begun_s = time.monotonic()
+    with pytest.raises(ManifestError, match="at most 4194304 can be compared"):
+        disjoint_bytes(*interleaved(1 << 30))
+    assert time.monotonic() - begun_s < 1
 
 
 def touched(offset: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> list[int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peerload.digest import PRIME, digest_parts
 from peerload.errors import VerifyError
@@ -77,7 +80,7 @@ def measure(process: Process, plan: Plan) -> Measured:
     rows = plan.wants.piece[plan.want]
     digest = digest_parts(process.layout, process.address, rows, plan.start, plan.stop, threads=1)
     catalog, rank = process.layout.catalog, np.full(len(rows), process.layout.rank)
-    names = tuple(str(o.source) for o in plan.offers)
+    names = tuple(o.source for o in plan.offers)
     found = Measured(catalog, rank, process.layout.pieces.tensor[rows], plan.start, plan.stop, digest, plan.offer, names)
     return Measured.decode(found.encode(), catalog)
 
@@ -219,7 +222,7 @@ def measured(*rows: tuple[int, int, Box, int]) -> Measured:
     tensor, start, stop = columns([r[1:3] for r in rows])
     digest = np.array([(total(t, b) + off) % PRIME for _, t, b, off in rows], np.uint64)
     rank = np.array([r[0] for r in rows], np.int64)
-    return Measured(GRID, rank, tensor, start, stop, digest, np.zeros(len(rows), np.int64), ("a/rank 0",))
+    return Measured(GRID, rank, tensor, start, stop, digest, np.zeros(len(rows), np.int64), (SourceId("a", 0, "1"),))
 
 
 def rows(first: int, last: int) -> Box:
@@ -339,9 +342,54 @@ def test_measurements_survive_the_exchange_and_foreign_ones_are_refused() -> Non
         Measured.decode(outside.encode(), GRID)
 
 
+COLUMNS = ("rank", "tensor", "start", "stop", "digest", "source")
+
+
+def test_what_was_read_before_and_after_a_change_is_told_apart() -> None:
+    none = measured()
+
+    def skewed(*sources: SourceId) -> set[str]:
+        parts = [Measured(GRID, *(getattr(none, c) for c in COLUMNS), (s,)) for s in sources]
+        whole = Measured.join([Measured.decode(part.encode(), GRID) for part in parts])
+        assert set(whole.sources) == set(sources)
+        return set(whole.skewed())
+
+    a, b = SourceId.new("a", 0, 3), SourceId.new("a", 1, 3)
+    assert skewed(a, b, a, SourceId.new("b", 0, 4)) == set()
+    assert skewed(a, b, SourceId.new("a", 1, 3)) == {"a"}  # restarted
+    assert skewed(a, SourceId.new("a", 0, 4), SourceId.new("b", 1, 4)) == {"a"}
+    assert skewed(a, SourceId.new("a", 1, 4), SourceId.new("b", 0, 3)) == {"a"}  # one before a change, one after it
+    assert skewed(SourceId("disk", 0, ""), SourceId("disk", 0, "")) == set()
+    assert [s.changes for s in (SourceId.new("a", 0, 5), SourceId("a", 0, "x" * 32), SourceId("a", 0, "1"))] == [5, 0, 0]
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.data())
+def test_measurements_of_nonsense_are_refused(data: st.DataObject) -> None:
+    """Whatever a byte or a value of them becomes."""
+    held = measured((0, 0, rows(0, 4), 0), (0, 1, NORM, 0)).encode()
+    (size,) = struct.unpack_from("<I", held, 4)
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(held) - 1))
+        changed = held[:at] + bytes([data.draw(st.integers(0, 255))]) + held[at + 1 :]
+    else:
+        head = json.loads(held[8 : 8 + size])
+        value = data.draw(st.sampled_from([None, -1, 1.5, float("nan"), float("inf"), 10**30, "x", [], [[]], {}, [["a", "b"]]]))
+        head[data.draw(st.sampled_from(sorted(head)))] = value
+        if data.draw(st.booleans()):
+            head["derived"] = [["p by x", "F32", [data.draw(st.sampled_from([0, -1, 10**30, "4", 4]))]]]
+        text = json.dumps(head).encode()
+        changed = held[:4] + struct.pack("<I", len(text)) + text + held[8 + size :]
+    try:
+        again = Measured.decode(changed, GRID)
+    except VerifyError:
+        return
+    compare(claims(("a", 1, NORM, 0)), Measured.join([again, measured((1, 1, NORM, 0))]))
+
+
 def test_joining_renumbers_sources() -> None:
     one, two = measured((0, 1, NORM, 0)), measured((1, 1, NORM, 7))
-    two = Measured(GRID, two.rank, two.tensor, two.start, two.stop, two.digest, two.source, ("b/rank 3",))
+    two = Measured(GRID, two.rank, two.tensor, two.start, two.stop, two.digest, two.source, (SourceId("b", 3, "1"),))
     verdict = compare(claims(("a", 1, NORM, 0)), Measured.join([one, two]))
     assert verdict.mismatches[0].sources == ("b/rank 3",)
 

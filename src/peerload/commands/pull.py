@@ -6,7 +6,7 @@ Examples:
   peerload pull --model my-llama --tp 4 --rank 2 --out shards/
 
 A rank pulled alone can't prove a tensor of which the seeds announce a larger part than it reads; the receipt says how many
-bytes that are. Pull all ranks to prove every byte.
+bytes that are. Pull all ranks to prove every byte: exit status 0 then means that all are, unless verify is off.
 
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..console import Console
 from ..deadline import Deadline
-from ..errors import ConfigError, SourcesExhausted
+from ..errors import ConfigError, SourcesExhausted, VerifyError
 from ..manifest import ModelKey
 from ..rpc.client import CoordinatorClient
 from .options import add_config, add_parallel, config_of, parallel_of
@@ -68,20 +68,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.document({"model": str(model), "files": [str(p) for p in paths], "receipts": [r.to_dict() for r in receipts]})
     console.table(
         f"{model} as {parallel}",
-        ("rank", "needed MB", "wire MB", "verified MB", "operations", "GB/s", "seconds", "file"),
+        ("rank", "needed MB", "wire MB", "verified MB", "unproven MB", "operations", "GB/s", "seconds", "file"),
         [
             (
                 r.rank, f"{r.needed_nbytes / 1e6:.1f}", f"{r.wire_nbytes / 1e6:.1f}", f"{r.verified_nbytes / 1e6:.1f}",
-                r.operations,
+                f"{r.unverified_nbytes / 1e6:.1f}", r.operations,
                 f"{r.transfer_gb_per_s:.1f}", f"{r.wall_s:.2f}", str(path),
             )
             for r, path in zip(receipts, paths, strict=True)
         ],
     )  # fmt: skip
     unproven = sum(r.unverified_nbytes for r in receipts)
-    if unproven and config.verifies:
-        console.say(f"{unproven / 1e6:.1f} MB could not be proven by the ranks that were pulled")
-    return 0
+    if unproven:
+        why = "could not be proven by the ranks that were pulled" if config.verifies else "are not proven: verify is off"
+        console.say(f"{unproven / 1e6:.1f} MB {why}")
+    return VerifyError.exit_code if unproven and config.verifies and args.rank is None else 0
 
 
 def _resolve(client: CoordinatorClient, name: str, revision: str, wait_s: float) -> ModelKey:

@@ -9,11 +9,12 @@ Example:
 from __future__ import annotations
 
 import argparse
-import signal
 import uuid
 from contextlib import ExitStack
+from queue import SimpleQueue
 
 from ..console import Console
+from ..errors import LeaseSuperseded
 from .options import add_config, add_parallel, config_of, parallel_of
 
 
@@ -53,12 +54,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         serving = stack.enter_context(opened_transports(config))
         for transport in serving.values():
             transport.register([region for rank, _ in ranks for region in rank.regions(config.registration)])
-        for rank, _ in ranks:
+        ended: SimpleQueue[LeaseSuperseded] = SimpleQueue()
+        for rank, receipt in ranks:
             stack.enter_context(
                 Seed(
                     model, rank.layout, rank.address, coordinator=client, transports=serving, instance=instance,
                     files=files.contents, attributes={"engine": "none"}, arena=rank.arena if config.attach else None,
-                    digests=config.verifies, threads=config.threads,
+                    digests=config.verifies, proven=receipt.digests, threads=config.threads, on_ended=ended.put,
                 )
             )  # fmt: skip
         held = sum(rank.layout.nbytes for rank, _ in ranks)
@@ -73,7 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
                     "receipts": [r.to_dict() for _, r in ranks],
                 }
             )
-            signal.pause()
+            error = ended.get()
         except KeyboardInterrupt:
             console.say(f"{instance}: withdrawing")
-    return 0
+            return 0
+        console.say(f"{instance} ends: {error.message}")
+        return error.exit_code

@@ -314,10 +314,10 @@ class Worker:
             readable(receipt.needed_nbytes), receipt.wall_s, receipt.transfer_gb_per_s, receipt.overhead,
             ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items() if seconds >= 0.005),
         )  # fmt: skip
-        total = receipt.verified_nbytes + receipt.unverified_nbytes
+        more = "" if receipt.verified_nbytes == receipt.needed_nbytes else f" ({receipt.proof})"
         self._say(
-            "rank %d: %.1f %% of its bytes verified by the seeds' digests; %d of %d ranks have committed",
-            receipt.rank, 100 * receipt.verified_nbytes / max(1, total), self._identity.size, self._identity.size,
+            "rank %d: %.1f %% of its bytes verified by the seeds' digests%s; %d of %d ranks have committed", receipt.rank,
+            100 * receipt.verified_nbytes / max(1, receipt.needed_nbytes), more, self._identity.size, self._identity.size,
         )  # fmt: skip
 
     def _say(self, text: str, *values: object) -> None:

@@ -32,12 +32,14 @@ class Limits:
     operation_nbytes: what one operation costs, as the bytes that could have moved in the same time.
     max_operations: runs in one batch (0: no limit).
     max_batch_nbytes: bytes in one batch; also the grain at which work is redone after a lost source.
+    same_host: reaches only processes of this host.
     """
 
     strided: bool
     operation_nbytes: int
     max_operations: int = 0
     max_batch_nbytes: int = 64 << 20
+    same_host: bool = False
 
 
 class Mappable(Protocol):

@@ -93,7 +93,7 @@ class CudaIpcTransport:
 
     name = "cuda_ipc"
     #: One launch takes copies of any shape. A batch costs 0.4 ms of its own, in which 150 MB could move between GPUs.
-    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=2 << 30)
+    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=2 << 30, same_host=True)
 
     def __init__(self, device: str) -> None:
         self._device = Device(device)

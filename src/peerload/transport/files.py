@@ -73,7 +73,7 @@ class FilesTransport:
 
     name = "files"
     #: A read system call costs about 1 us, in which 8 KiB move out of the page cache.
-    limits = Limits(strided=True, operation_nbytes=8192, max_batch_nbytes=256 << 20)
+    limits = Limits(strided=True, operation_nbytes=8192, max_batch_nbytes=256 << 20, same_host=True)
 
     def __init__(self, files: FileSet = FileSet((), (), (), ()), threads: int = 0) -> None:
         self._files = files

@@ -42,7 +42,7 @@ class LocalTransport:
 
     name = "local"
     #: A row costs about 0.3 us, in which 4 KiB move; nothing is lost by large batches but grain when a source dies.
-    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=256 << 20)
+    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=256 << 20, same_host=True)
 
     def __init__(self, threads: int = 0) -> None:
         self._crew = Crew(threads or cores(), self.name)
