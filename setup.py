@@ -1,12 +1,8 @@
-"""Compiles the native helper, and puts the benchmarks into the package; everything else about it is in pyproject.toml.
+"""Compiles the native helper; everything else about the package is in pyproject.toml.
 
 In place, for development: `python setup.py build_ext --inplace`.
 """
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
-setup(
-    packages=[*find_packages("src"), "peerload.bench"],
-    package_dir={"": "src", "peerload.bench": "bench"},
-    cffi_modules=["src/peerload/native/build.py:builder"],
-)
+setup(cffi_modules=["src/peerload/native/build.py:builder"])

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from .console import Console
-from .errors import ConfigError, PeerloadError
+from .console import Console, indented
+from .errors import ConfigError, PeerloadError, printable
 
 #: Name, one line of help; each has a module in `commands/` with `configure(parser)` and `run(args, console)`.
 COMMANDS = {
@@ -28,9 +28,25 @@ COMMANDS = {
     "bench": "measure this host: memcpy, transports, digest, planner",
 }
 
+#: Packages of the extra `transformers`, which some commands need.
+EXTRA = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
+
 #: As shells say it: 128 and the number of SIGINT.
 INTERRUPTED = 130
 
+TOP = """\
+example, on this machine and without a GPU:
+  peerload demo
+
+a replica of vLLM or SGLang that loads out of its peers, and then serves the next one:
+  peerload coordinator --listen 0.0.0.0:7070
+  vllm serve MODEL --load-format peerload --model-loader-extra-config '{"url": "coordinator:7070"}'
+  python -m sglang.launch_server --model-path MODEL --load-format peerload \\
+      --model-loader-extra-config '{"url": "coordinator:7070"}'
+
+every setting is in docs/config.md of the sources, what was shown for which model in docs/engines.md
+
+"""
 EPILOG = """\
 exit status: 0 done; 2 bad arguments or configuration; 3 no plan possible (the hole or refusal is named);
 4 sources lost and no fallback left; 5 verification failed; 1 anything else.
@@ -48,13 +64,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _Formatter(logging.Formatter):
+    """What peers say is logged too: no control characters, and no line that looks like a record of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return indented(printable(super().format(record)))
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; only the chosen command's module is imported."""
     parser = _Parser(
-        prog="peerload", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="peerload", epilog=TOP + EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"peerload {version('peerload')}")
+    _add_common(parser, default=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = _module(name) if name == chosen else None
@@ -64,9 +88,13 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         )  # fmt: skip
         if module is not None:
             module.configure(command)
-        command.add_argument("--json", action="store_true", help="print exactly one JSON document on standard output")
-        command.add_argument("--verbose", "-v", action="store_true", help="log what happens, to standard error")
+        _add_common(command, default=argparse.SUPPRESS)  # what stands before the command counts too
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument("--json", action="store_true", default=default, help="print exactly one JSON document on standard output")
+    parser.add_argument("--verbose", "-v", action="store_true", default=default, help="log what happens, to standard error")
 
 
 def _module(name: str) -> ModuleType:
@@ -82,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_of = f"peerload {chosen} --help" if chosen in COMMANDS else "peerload --help"
         Console(json="--json" in words).fail(ConfigError(error.message, next_step=help_of))
         return error.exit_code
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
     signal.signal(signal.SIGTERM, _on_sigterm)
     console = Console(json=args.json)
     try:
@@ -97,6 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.say("interrupted")
         return INTERRUPTED
     except Exception as error:
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if package in EXTRA:
+            lacking = ConfigError(
+                f"{args.command} needs {package}, which isn't here", next_step="pip install 'peerload[transformers]'"
+            )
+            console.fail(lacking)
+            return lacking.exit_code
         logging.getLogger(__name__).critical("unexpected error", exc_info=True)
         console.fail(PeerloadError(f"{type(error).__name__}: {error}", next_step="this is a bug in peerload; please report it"))
         return 1

@@ -1,7 +1,7 @@
 """The one configuration, the same everywhere: `--config FILE|JSON`, an engine's loader extra config, or keyword arguments.
 
-This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one, and
-`XDG_CACHE_HOME` says where files go that can be made again.
+This module is the only reader of the environment: `PEERLOAD_CONFIG` holds a JSON document or the path of one,
+`XDG_CACHE_HOME` says where files go that can be made again, and `XDG_STATE_HOME` where those go that should last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from .errors import ConfigError
 
-#: The longest that any setting may ask to wait, seconds: a day.
+#: The longest that any setting may ask to wait, seconds: a day. The coordinator keeps decisions longer (`directory.DECISION_S`).
 LONGEST_S: Final = 86400.0
 #: The most bytes, or threads, that any setting may ask for.
 MOST: Final = 1 << 50
@@ -35,8 +35,13 @@ class Config:
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
-        "auto", "how bytes move; auto takes the first that both sides offer: for weights on a GPU cuda_ipc (same host), for "
-        "others local (same host) before nixl", ("auto", "local", "nixl", "cuda_ipc"),
+        "auto", "how bytes move; auto: cuda_ipc for weights on a GPU, local for others, both within one host. nixl reaches CPU "
+        "memory of other hosts and needs `interface`", ("auto", "local", "nixl", "cuda_ipc"),
+    )  # fmt: skip
+    interface: str = _setting(
+        "", "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
+        "reach it there can read and overwrite the weights in this process's memory, and whoever announces a seed can end the "
+        "processes that read it: name one that only trusted machines reach",
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
@@ -130,6 +135,12 @@ class Config:
 
 
 KEYS: Final = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def state_folder() -> Path:
+    """Where the coordinator's store lies unless told otherwise (https://specifications.freedesktop.org/basedir-spec)."""
+    home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".local" / "state") / "peerload"
 
 
 def cache_folder() -> Path:

@@ -12,14 +12,15 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import PeerloadError, PlanError
+from .errors import PeerloadError, PlanError, printable
 
 #: Columns of a table that goes to a file or a pipe.
 WIDTH = 170
 
 
 class Console:
-    """With json=True, standard output carries exactly one JSON document and nothing else."""
+    """With json=True, standard output carries exactly one JSON document and nothing else. Names and reasons that are a peer's
+    words reach the terminal as `printable` text."""
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
@@ -29,7 +30,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line of progress, for people."""
-        self.err.print(text)
+        self.err.print(printable(text))
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -55,18 +56,19 @@ class Console:
         """Numbers to the right, words to the left. Printed only for people."""
         if self.json:
             return
+        title, caption = printable(title), printable(caption)
         table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", box=SIMPLE_HEAD)
         for i, column in enumerate(columns):
             numeric = all(_is_number(row[i]) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+            table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
         for row in rows:
-            table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
+            table.add_row(*(printable(cell).replace("\n", r"\n") if isinstance(cell, str) else f"{cell:,}" for cell in row))
         self.out.print(table)
 
     def text(self, text: str) -> None:
         """A line of the result, for people."""
         if not self.json:
-            self.out.print(text)
+            self.out.print(printable(text))
 
     def document(self, document: Mapping[str, object]) -> None:
         """The result, for machines. Only the first counts: what goes wrong after it is told on standard error."""
@@ -83,9 +85,15 @@ class Console:
             details["holes"] = [h._asdict() for h in error.holes]
             details["refusals"] = [r._asdict() for r in error.refusals]
         self.document(details)
-        self.err.print(f"peerload: {type(error).__name__}: {error.message}", style="bold red")
+        self.err.print(f"peerload: {type(error).__name__}: {indented(error.message)}", style="bold red")
         if error.next_step:
-            self.err.print(f"  next: {error.next_step}")
+            self.err.print(f"  next: {indented(error.next_step)}")
+
+
+def indented(text: str) -> str:
+    """Lines after the first begin with blanks, so that nobody takes them for a message of their own."""
+    first, *rest = text.split("\n")
+    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in rest)])
 
 
 def _is_number(cell: object) -> bool:

@@ -18,12 +18,22 @@
         |-- LeaseUnknown                   it holds no such lease (expired, or it restarted): announce again
         `-- LeaseSuperseded                a newer generation took this rank's place: stop offering
 
-Every error says in `str(error)` what happened; `next_step`, when there is one, says what to do about it.
+Every error says in `str(error)` what happened; `next_step`, when there is one, says what to do about it. Both are `printable`,
+although names and reasons in them may be a peer's words.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+import re
+from typing import ClassVar, Final, NamedTuple
+
+#: Control characters but for tab and newline, what changes the direction of text, other line ends, lone surrogates.
+_UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text, in which what a terminal or a log may take for a command stands as its number in hexadecimal."""
+    return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\x80" else f"\\u{ord(found[0]):04x}", text)
 
 
 class Hole(NamedTuple):
@@ -56,9 +66,9 @@ class PeerloadError(Exception):
     dirty: ClassVar[bool] = False
 
     def __init__(self, message: str, *, next_step: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.next_step = next_step
+        self.message = printable(message)
+        self.next_step = printable(next_step)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}" if self.next_step else self.message

@@ -278,7 +278,10 @@ class _Run:
     def registered(self) -> Iterator[Reader]:
         """Our buffers and staging memory known to every transport, constants written."""
         job = self.job
-        with Reader(job.transports, job.config.staging_bytes, job.arena if job.config.attach else None, self.space) as reader:
+        with Reader(
+            job.transports, job.config.staging_bytes, job.arena if job.config.attach else None, self.space,
+            reserve=job.reserve, stall_s=job.config.stall_s, keep_unfenced=job.config.verifies,
+        ) as reader:  # fmt: skip
             with self.phase("register"):
                 for transport in self.job.transports.values():
                     transport.register([*self.job.regions, *reader.regions()])

@@ -62,14 +62,11 @@ class Lowered:
     staging_nbytes: int
 
 
-def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: frozenset[int] | None = None) -> Lowered:
+def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: int | None = None) -> Lowered:
     """Batches for `plan` when the wanting layout's buffers begin at `address[buffer]` here.
 
-    staging_nbytes bounds temporary memory of one step, bytes. only: the offers this transport reaches (default: all)."""
-    copies, offer, owner, buffers = _strided(plan, address)
-    if only is not None:
-        mine = np.flatnonzero(np.isin(offer, sorted(only)))
-        copies, offer, owner, buffers = copies.take(mine), offer[mine], owner[mine], buffers[mine]
+    staging_nbytes bounds temporary memory of one step, bytes. only: the one offer to read (default: all)."""
+    copies, offer, owner, buffers = _strided(plan, address, only)
     low, high = byte_extents(copies.src, copies.count, copies.src_step, copies.run)
     direct = np.ones(len(copies), np.bool_)
     if not limits.strided:
@@ -90,42 +87,44 @@ def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, on
     return Lowered(tuple(steps), useful, wire, operations, max((s.staging_nbytes for s in steps), default=0))
 
 
-def _strided(plan: Plan, address: IntArray) -> tuple[Batch, IntArray, IntArray, IntArray]:
-    """All copies as one batch of normal form; of each row the offer, the plan's row (or -1 - opaque row), and a number that
-    is equal where source buffer (of the same offer) and destination buffer are."""
+def _strided(plan: Plan, address: IntArray, only: int | None) -> tuple[Batch, IntArray, IntArray, IntArray]:
+    """All copies (of offer `only`) as one batch of normal form; of each row the offer, the plan's row (or -1 - opaque row), and
+    a number that is equal where source buffer (of the same offer) and destination buffer are."""
     layout, width = plan.wants.layout, plan.start.shape[1]
-    want_piece = plan.wants.piece[plan.want]
+    mine = np.arange(len(plan)) if only is None else np.flatnonzero(plan.offer == only)
+    offer_of, piece, start, stop = plan.offer[mine], plan.piece[mine], plan.start[mine], plan.stop[mine]
+    want_piece = plan.wants.piece[plan.want[mine]]
     pieces = layout.pieces
-    src, src_stride = np.zeros(len(plan), np.int64), np.zeros((len(plan), width), np.int64)
+    src, src_stride = np.zeros(len(mine), np.int64), np.zeros((len(mine), width), np.int64)
     here, buffers = len(layout.buffer_names), pieces.buffer[want_piece]
-    for i, offer in enumerate(plan.offers):
-        rows = np.flatnonzero(plan.offer == i)
-        theirs, at = offer.layout.pieces, plan.piece[rows]
+    for i in np.unique(offer_of).tolist():
+        offer = plan.offers[i]
+        rows = np.flatnonzero(offer_of == i)
+        theirs, at = offer.layout.pieces, piece[rows]
         common = min(width, theirs.start.shape[1])
         stride = np.zeros((len(rows), width), np.int64)
         stride[:, width - common :] = theirs.stride[at, -common:]
         begin = np.zeros((len(rows), width), np.int64)
         begin[:, width - common :] = theirs.start[at, -common:]
-        src[rows] = (
-            offer.binding.address[theirs.buffer[at]] + theirs.offset[at] + ((plan.start[rows] - begin) * stride).sum(axis=1)
-        )
+        src[rows] = offer.binding.address[theirs.buffer[at]] + theirs.offset[at] + ((start[rows] - begin) * stride).sum(axis=1)
         src_stride[rows] = stride
         buffers[rows] += here * theirs.buffer[at]
     dst_stride = pieces.stride[want_piece]
     dst = address[pieces.buffer[want_piece]] + pieces.offset[want_piece]
-    dst = dst + ((plan.start - pieces.start[want_piece]) * dst_stride).sum(axis=1)
+    dst = dst + ((start - pieces.start[want_piece]) * dst_stride).sum(axis=1)
     batch, owner = _normal_form(
-        src, dst, plan.stop - plan.start, src_stride, dst_stride, layout.catalog.itemsize[pieces.tensor[want_piece]]
+        src, dst, stop - start, src_stride, dst_stride, layout.catalog.itemsize[pieces.tensor[want_piece]]
     )
-    offer_of, buffers = plan.offer[owner], buffers[owner]
-    if plan.opaque:
+    offer_of, buffers, owner = offer_of[owner], buffers[owner], mine[owner]
+    opaque = [(i, row, o, k) for i, (row, o, k) in enumerate(plan.opaque) if only in (None, o)]
+    if opaque:
         extra = [
             (
                 plan.offers[o].binding.address[plan.offers[o].layout.opaques[k].buffer] + plan.offers[o].layout.opaques[k].offset,
                 address[layout.opaques[row].buffer] + layout.opaques[row].offset, layout.opaques[row].nbytes, o, -1 - i,
                 layout.opaques[row].buffer + here * plan.offers[o].layout.opaques[k].buffer,
             )
-            for i, (row, o, k) in enumerate(plan.opaque)
+            for i, row, o, k in opaque
         ]  # fmt: skip
         s, d, n, o, w, b = (np.array(column, np.int64) for column in zip(*extra, strict=True))
         batch, offer_of, owner = _concat(batch, Batch.of_runs(s, d, n)), np.append(offer_of, o), np.append(owner, w)

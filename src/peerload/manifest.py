@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ManifestError
+from .errors import ManifestError, printable
 from .geometry import BoolArray, Box, IntArray, byte_extents, disjoint_bytes, injective, pad_left
 
 #: Bytes per element, by safetensors dtype name (https://github.com/huggingface/safetensors, `Dtype`).
@@ -36,6 +36,12 @@ ITEMSIZE: Final[Mapping[str, int]] = {
 MAX_DIMENSIONS: Final = 8
 
 
+def _refuse_unprintable(field: str, name: str) -> None:
+    """Names are printed and logged by everybody who hears of them."""
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise ManifestError(field, f"{name!r:.100} has a control character")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class ModelKey:
     """What two instances must agree on before they may exchange weights. Parallelism is no part of it."""
@@ -46,6 +52,8 @@ class ModelKey:
     def __post_init__(self) -> None:
         if not self.name:
             raise ManifestError("model.name", "is empty")
+        _refuse_unprintable("model.name", self.name)
+        _refuse_unprintable("model.revision", self.revision)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -399,6 +407,10 @@ class SourceId:
     instance: str
     rank: int
     generation: str
+
+    def __post_init__(self) -> None:
+        _refuse_unprintable("source.instance", self.instance)
+        _refuse_unprintable("source.generation", self.generation)
 
     @classmethod
     def new(cls, instance: str, rank: int, changes: int) -> SourceId:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,11 +22,15 @@ from .memory import Arena
 from .plan import Plan
 from .space import HOST, Space
 from .transport.base import Mappable, Region, Transport
-from .transport.deferred import Deferred
 from .transport.files import FilesTransport
 
 #: Sources read at the same time. Each has its own share of the staging memory.
-WORKERS = 4
+WORKERS: Final = 4
+#: Sources connected to at the same time, and the seconds each of them has to answer.
+CONNECTING: Final = 64
+CONNECT_S: Final = 5.0
+#: A share of the staging memory begins with a page of its own, into which fences are read.
+PAGE_NBYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,21 +57,55 @@ class Attaches(Protocol):
         """Map what can be of `batch`, whose destinations lie in `arena`; returns the rest, to be read. Raises as `read` does."""
 
 
+@dataclass(slots=True)
+class _Part:
+    """What a plan asks of one source: offer `offer` of the plan. The first `done` steps are in place."""
+
+    offer: int
+    steps: tuple[Step, ...] = ()
+    done: int = 0
+    staging_nbytes: int = 0
+    attached_nbytes: int = 0
+    failure: SourceError | None = None
+
+    def undone(self, plan: Plan) -> tuple[IntArray, list[int]]:
+        """Rows of the plan, and of its opaques, that are not all in place."""
+        if self.done == 0:
+            return np.flatnonzero(plan.offer == self.offer), [row for row, offer, _ in plan.opaque if offer == self.offer]
+        copies = np.concatenate([np.zeros(0, np.int64), *(step.copies for step in self.steps[self.done :])])
+        return copies[copies >= 0], [plan.opaque[-1 - k][0] for k in copies[copies < 0].tolist()]
+
+
 class Reader:
     """Reads plans into one rank's buffers. Owns connections and staging memory; the transports stay the caller's.
 
     arena: holds all the buffers, and may have a peer's pages mapped into it (None: everything is copied). space: where the
-    buffers lie."""
+    buffers lie. reserve: offers that this process has made itself; transport `files` reads nobody else's. stall_s: a source that
+    hasn't answered for so long is not waited for.
+    keep_unfenced: keep what came from a source that was lost before its closing fence was read, because it will be verified.
+    Otherwise nothing counts whose source hasn't shown at the end that it still holds what it announced."""
 
     def __init__(
-        self, transports: Mapping[str, Transport], staging_nbytes: int, arena: Arena | None = None, space: Space = HOST
+        self,
+        transports: Mapping[str, Transport],
+        staging_nbytes: int,
+        arena: Arena | None = None,
+        space: Space = HOST,
+        *,
+        reserve: Sequence[Offer] = (),
+        stall_s: float = CONNECT_S,
+        keep_unfenced: bool = False,
     ) -> None:
-        self._transports, self._arena, self._space = transports, arena, space
+        self._transports, self._space, self._reserve = transports, space, reserve
+        self._arena = None if any(transport.limits.pins for transport in transports.values()) else arena
+        self._connect_s, self._keep_unfenced = min(CONNECT_S, stall_s), keep_unfenced
         needed = any(not transport.limits.strided for transport in transports.values())
         self._share = staging_nbytes // WORKERS if needed else 0
-        self._staging = Arena(WORKERS * (self._share + 4096))
-        self._slots = [self._staging.allocate(self._share + 4096, 4096) for _ in range(WORKERS)]
-        self._peers: dict[SourceId, tuple[Transport, str]] = {}
+        self._staging = Arena(WORKERS * (self._share + PAGE_NBYTES))
+        self._slots: SimpleQueue[int] = SimpleQueue()
+        for _ in range(WORKERS):
+            self._slots.put(self._staging.allocate(self._share + PAGE_NBYTES, PAGE_NBYTES))
+        self._peers: dict[Offer, tuple[Transport, str]] = {}
         self._lock = Lock()
 
     def __enter__(self) -> Reader:
@@ -81,74 +121,75 @@ class Reader:
     def read(
         self, plan: Plan, address: IntArray, deadline: Deadline, on_bytes: Callable[[int], None] = lambda _: None
     ) -> Outcome:
-        """Do the plan's copies into buffers at `address`. Sources that fail are reported, not raised; DeadlineExceeded is
-        raised after all threads have stopped."""
-        failures: dict[SourceId, SourceError] = {}
-        routes: dict[str, set[int]] = {}
-        for i in np.unique(np.append(plan.offer, [o for _, o, _ in plan.opaque])).astype(int).tolist():
-            try:
-                transport, _ = self._reach(plan.offers[i])
-                routes.setdefault(transport.name, set()).add(i)
-            except SourceError as error:
-                failures[plan.offers[i].source] = error
-        parts = [lower(plan, self._transports[n].limits, address, self._share, frozenset(only)) for n, only in routes.items()]
-        steps: dict[int, list[Step]] = {}
-        for step in (s for part in parts for s in part.steps):
-            steps.setdefault(step.offer, []).append(step)
-        free, undone = list(self._slots), {i for i, o in enumerate(plan.offers) if o.source in failures}
-        lost: list[IntArray] = [np.flatnonzero(np.isin(plan.offer, sorted(undone)))]
-        attached = dict.fromkeys(steps, 0)
-        lost_opaques = [row for row, o, _ in plan.opaque if o in undone]
+        """Do the plan's copies into buffers at `address` [buffers]. Sources that fail are reported, not raised; DeadlineExceeded
+        is raised after all threads have stopped."""
+        parts = [_Part(i) for i in np.unique(np.append(plan.offer, [o for _, o, _ in plan.opaque])).astype(int).tolist()]
         stop = Event()
 
-        def drain(i: int) -> int:
-            """All steps of offer i; returns how many were done."""
-            offer = plan.offers[i]
-            with self._lock:
-                slot = free.pop()
-            done = 0
+        def drain(part: _Part) -> None:
             try:
-                transport, peer = self._reach(offer)
-                self._check_fence(transport, peer, offer, slot, deadline)
-                for step in steps[i]:
-                    if stop.is_set():
-                        return 0
-                    attached[i] += self._step(transport, peer, step, slot + 4096, deadline)
-                    done += 1
-                    on_bytes(step.wire.nbytes)
-                self._check_fence(transport, peer, offer, slot, deadline)
-            except SourceStale as error:
-                failures[offer.source], done = error, 0  # nothing it gave can be trusted
-            except SourceError as error:
-                failures[offer.source] = error
-            finally:
-                with self._lock:
-                    free.append(slot)
-            return done
-
-        with ThreadPoolExecutor(min(WORKERS, max(1, len(steps))), "peerload-read") as pool:
-            try:
-                done = dict(zip(steps, pool.map(drain, steps), strict=True))
+                self._drain(part, plan, address, deadline, on_bytes, stop)
             except BaseException:
                 stop.set()  # nobody will use what the other threads read
                 raise
-        for i, mine in steps.items():
-            for step in mine[done[i] :]:
-                lost.append(step.copies[step.copies >= 0])
-                lost_opaques += [plan.opaque[-1 - k][0] for k in step.copies[step.copies < 0].tolist()]
-        finished = [s for i, mine in steps.items() for s in mine[: done[i]]]
-        return Outcome(
-            np.unique(np.concatenate(lost)), tuple(sorted(set(lost_opaques))), failures,
-            sum(s.wire.nbytes for s in finished), sum(s.operations for s in finished),
-            max((p.staging_nbytes for p in parts), default=0),
-            sum(attached[i] for i in steps if done[i]),
-        )  # fmt: skip
+
+        with ThreadPoolExecutor(min(CONNECTING, max(1, len(parts))), "peerload-read") as pool:
+            futures = [pool.submit(drain, part) for part in parts]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                raise
+        return _outcome(plan, parts)
+
+    def _drain(
+        self,
+        part: _Part,
+        plan: Plan,
+        address: IntArray,
+        deadline: Deadline,
+        on_bytes: Callable[[int], None],
+        stop: Event,
+    ) -> None:
+        """All that one source is asked for, unless `stop` is set. Its failure is noted in `part`."""
+        offer = plan.offers[part.offer]
+        try:
+            transport, peer = self._reach(offer, deadline)
+            lowered = lower(plan, transport.limits, address, self._share, part.offer)
+            part.steps, part.staging_nbytes = lowered.steps, lowered.staging_nbytes
+            with self._slot(deadline) as slot:
+                self._check_fence(transport, peer, offer, slot, deadline)
+                for step in part.steps:
+                    if stop.is_set():
+                        return
+                    part.attached_nbytes += self._step(transport, peer, step, slot + PAGE_NBYTES, deadline)
+                    part.done += 1
+                    on_bytes(step.wire.nbytes)
+                self._check_fence(transport, peer, offer, slot, deadline)
+        except SourceError as error:
+            part.failure = error
+            if isinstance(error, SourceStale) or not self._keep_unfenced:
+                part.done = part.attached_nbytes = 0  # nobody vouches for what it gave
+
+    @contextmanager
+    def _slot(self, deadline: Deadline) -> Iterator[int]:
+        """A share of the staging memory, for one source at a time."""
+        try:
+            slot = self._slots.get(timeout=deadline.remaining_s)
+        except Empty:
+            deadline.check("waiting for other sources to be read")
+            raise
+        try:
+            yield slot
+        finally:
+            self._slots.put(slot)
 
     def _step(self, transport: Transport, peer: str, step: Step, staging: int, deadline: Deadline) -> int:
         """Bytes that were attached."""
         if step.scatter is None:
             left = step.wire
-            if self._arena is not None and isinstance(transport, Attaches) and self._unpinned():
+            if self._arena is not None and isinstance(transport, Attaches):
                 left = transport.attach(peer, left, self._arena)
             transport.read(peer, left, deadline)
             return step.wire.nbytes - left.nbytes
@@ -156,37 +197,50 @@ class Reader:
         self._space.copy(_moved(step.scatter, src=staging))
         return 0
 
-    def _unpinned(self) -> bool:
-        """No transport may have handed our pages to a device, which would go on using them after they were replaced."""
-        return all(
-            isinstance(t, Attaches | FilesTransport) or (isinstance(t, Deferred) and not t.started)
-            for t in self._transports.values()
-        )
-
-    def _reach(self, offer: Offer) -> tuple[Transport, str]:
-        """Connect over the first of our transports that works, once per source."""
+    def _reach(self, offer: Offer, deadline: Deadline) -> tuple[Transport, str]:
+        """Connect over the first of our transports that works, once per offer."""
         with self._lock:
-            known = self._peers.get(offer.source)
+            known = self._peers.get(offer)
         if known is not None:
             return known
+        own = any(offer is mine for mine in self._reserve)
         described = {e.transport: e.description for e in offer.binding.endpoints}
+        usable = {n: t for n, t in self._transports.items() if own or n != FilesTransport.name}
+        if not own:
+            self._check_announced(offer)
         problems = []
-        for name, transport in self._transports.items():
-            if name in described:
-                try:
-                    peer = transport.connect(described[name], str(offer.source))
-                except SourceUnreachable as error:
-                    problems.append(f"{name}: {error.problem}")
-                else:
-                    with self._lock:
-                        self._peers[offer.source] = transport, peer
-                    return transport, peer
+        for name, transport in usable.items():
+            if name not in described:
+                continue
+            try:
+                peer = transport.connect(described[name], str(offer.source), deadline.within(self._connect_s))
+            except SourceUnreachable as error:
+                deadline.check(f"connecting to {offer.source}")
+                problems.append(f"{name}: {error.problem}")
+                continue
+            with self._lock:
+                self._peers[offer] = transport, peer
+            return transport, peer
         raise SourceUnreachable(
             str(offer.source),
             "; ".join(problems)
-            or f"it offers {', '.join(described) or 'no transport'}, here is {', '.join(self._transports) or 'none'}",
+            or f"it offers {', '.join(described) or 'no transport'}; from a peer this process uses {', '.join(usable) or 'none'}",
             next_step="run `peerload doctor` on both hosts",
         )
+
+    def _check_announced(self, offer: Offer) -> None:
+        """Raise SourceUnreachable for a peer whose words about its fence can't be used."""
+        try:
+            usable = len(fence(offer.source.generation)) == FENCE_NBYTES
+        except ValueError:
+            usable = False
+        if offer.binding.fence_address and not usable:
+            raise SourceUnreachable(str(offer.source), "its generation is not 32 hexadecimal digits")
+        if not offer.binding.fence_address and not self._keep_unfenced:
+            raise SourceUnreachable(
+                str(offer.source), "it has no fence, and without verification nothing else shows that its weights stay",
+                next_step="set verify to on",
+            )  # fmt: skip
 
     def _check_fence(self, transport: Transport, peer: str, offer: Offer, slot: int, deadline: Deadline) -> None:
         """Raise SourceStale unless the source's memory still carries the generation it announced."""
@@ -201,6 +255,20 @@ class Reader:
 def fence(generation: str) -> bytes:
     """The 16 bytes a seed keeps in its memory while the weights of `generation` (32 hex digits) are there."""
     return bytes.fromhex(generation)
+
+
+def _outcome(plan: Plan, parts: Sequence[_Part]) -> Outcome:
+    rows, opaques = zip(*(part.undone(plan) for part in parts), strict=True) if parts else ((), ())
+    finished = [step for part in parts for step in part.steps[: part.done]]
+    return Outcome(
+        np.unique(np.concatenate([np.zeros(0, np.int64), *rows])),
+        tuple(sorted({row for some in opaques for row in some})),
+        {plan.offers[part.offer].source: part.failure for part in parts if part.failure is not None},
+        sum(step.wire.nbytes for step in finished),
+        sum(step.operations for step in finished),
+        max((part.staging_nbytes for part in parts), default=0),
+        sum(part.attached_nbytes for part in parts),
+    )
 
 
 def _moved(batch: Batch, *, src: int = 0, dst: int = 0) -> Batch:

@@ -49,7 +49,21 @@ class TestNixl(TestLocalMapped):
             yield process
 
     def reader(self) -> Transport:
-        return NixlTransport()
+        return NixlTransport("lo")
+
+
+@nixl
+class TestNixlOverTcp(TestNixl):
+    """As between hosts: without shared memory or process_vm_readv, nothing moves unless both processes run."""
+
+    reads_need_the_source = True
+
+    @pytest.fixture(autouse=True)
+    def tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+    def reader(self) -> Transport:
+        return NixlTransport("lo", stall_s=1.5)
 
 
 class TestFaultyWithoutFaults(TestLocalMapped):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ pytest.importorskip("transformers")
 
 from safetensors import safe_open  # noqa: E402
 
+from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
+from peerload.manifest import Endpoint, ModelKey, SourceId  # noqa: E402
+from peerload.rpc.client import CoordinatorClient, Lease  # noqa: E402
 from peerload.testing.checkpoints import make_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.e2e
@@ -117,7 +120,7 @@ class World:
 def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A coordinator, and a seed that offers the checkpoint as TP2."""
     logs = tmp_path_factory.mktemp("logs")
-    with started(logs / "coordinator", "coordinator", "--listen", "127.0.0.1:0") as coordinator:
+    with started(logs / "coordinator", "coordinator", "--listen", "127.0.0.1:0", "--store", "memory") as coordinator:
         url = coordinator.document["address"]
         with started(logs / "seed", "seed", "--checkpoint", checkpoint, "--tp", 2, "--url", url) as seed:
             yield World(url, seed.document)
@@ -172,6 +175,8 @@ def test_every_help_teaches() -> None:
         assert "exit status: 0 done; 2 bad arguments" in outcome.out
     top = peerload("--help")
     assert top.status == 0
+    assert "--load-format peerload" in top.out
+    assert "docs/config.md" in top.out
     assert {line.split()[0] for line in top.out.splitlines() if line.startswith("    ") and line.strip()} >= COMMANDS.keys()
 
 
@@ -195,6 +200,10 @@ REFUSED = [
     (2, ["plan", "--model", "/nonexistent", "--from", "tp=2", "--to", "tp=4"], "/nonexistent"),
     (2, ["plan", "--model", "/nonexistent", "--from", "2", "--to", "tp=4"], "'2' is no parallel layout"),
     (2, ["bench", "nothing"], "invalid choice: 'nothing'"),
+    (2, ["pull", "--model", "m", "--out", "{tmp}/out", "--tp", "100000"], "tp=100000 has too many ranks, at most 1024"),
+    (2, ["pull", "--model", "m", "--out", "/etc/passwd"], "can't write to /etc/passwd: File exists"),
+    (2, ["pull", "--model", "m", "--out", "/proc/nope"], "can't write to /proc/nope: "),
+    (2, ["pull", "--model", "m", "--out", "/dev/full"], "can't write to /dev/full: File exists"),
     (1, ["ls", "--url", "127.0.0.1:1"], "127.0.0.1:1 can't be reached"),
 ]
 
@@ -205,6 +214,13 @@ def test_refusals_say_what_is_wrong(status: int, words: list[str], problem: str,
     assert outcome.status == outcome.document["exit_code"] == status
     assert problem in outcome.document["message"]
     assert problem in outcome.err
+
+
+def test_common_flags_may_stand_before_the_command() -> None:
+    for words in (["--json", "-v", "bench"], ["bench", "-v", "--json"], ["--json", "bench", "--json"]):
+        outcome = peerload(*words)
+        assert outcome.status == 0
+        assert "benchmarks" in outcome.document
 
 
 # What a host can do.
@@ -222,6 +238,13 @@ def test_doctor_says_what_works_and_what_to_do_next(world: World) -> None:
     assert findings["cores"]["facts"]["cores"] == len(os.sched_getaffinity(0))
     assert findings[f"coordinator {world.url}"]["facts"]["holdings"] == 2
     assert {"transport local", "transport nixl", "memfd", "ptrace", "GPUs", "locked memory"} <= findings.keys()
+    assert findings["open doors"]["text"].startswith("none to other hosts")
+
+
+def test_doctor_says_who_can_reach_the_weights() -> None:
+    outcome = peerload("doctor", "--fast", "--config", '{"transport": "nixl", "interface": "lo"}', "--json")
+    (door,) = (f for f in outcome.document["findings"] if f["what"] == "open doors")
+    assert "every process that reaches lo can read and overwrite" in door["text"]
 
 
 def test_doctor_survives_a_coordinator_that_is_not_there() -> None:
@@ -251,7 +274,7 @@ def test_bench_ends_in_the_benchmark_s_own_document() -> None:
     refused = peerload("bench", "--json", "plan", "--", "--runs", "many")
     assert refused.status == refused.document["exit_code"] == 2
     listed = peerload("bench", "--json").document["benchmarks"]
-    files = {p.stem for p in (Path(__file__).parents[2] / "bench").glob("*.py")} - {"__init__"}
+    files = {p.stem for p in Path(next(iter(bench.__path__))).glob("*.py")} - {"__init__"}
     assert files == set(listed)
 
 
@@ -285,6 +308,23 @@ def test_ls_tells_who_holds_what(world: World, checkpoint: Path) -> None:
     assert sum(r["bytes"] for r in rows) == world.seed["bytes"] == held
     people = peerload("ls", "--url", world.url)
     assert people.out.count(world.seed["instance"]) == 2
+
+
+def test_ls_shows_a_peer_s_words_as_text(world: World) -> None:
+    with CoordinatorClient(world.url) as client:
+        name, _, revision = world.seed["model"].partition("@")
+        offer, model = client.discover(ModelKey(name, revision))[0], ModelKey("evil [bold]x[/bold] [/nope]")
+        binding = replace(
+            offer.binding, source=SourceId("evil", 0, "0" * 32), attributes={"a\x1b[8m": "\x1b]0;owned\x07"},
+            endpoints=(Endpoint("\x1b[2J\r\nnet", b""),),
+        )  # fmt: skip
+        lease = client.announce(replace(offer, binding=binding), model)
+        outcomes = [peerload("ls", "--url", world.url), peerload("ls", "--url", world.url, "--json")]
+        client.withdraw(lease)
+    for outcome in outcomes:
+        assert outcome.status == 0
+        assert not set("\x1b\r\x07") & set(outcome.out + outcome.err)
+    assert "evil [bold]x[/bold] [/nope]" in outcomes[0].out
 
 
 @pytest.mark.parametrize("tp", [3, 1])
@@ -325,6 +365,68 @@ def test_nobody_there_is_exit_4(world: World, tmp_path: Path) -> None:
     assert world.seed["model"] in outcome.document["message"]
 
 
+# Files that make no sense.
+
+
+def spoilt(checkpoint: Path, target: Path, **changes: object) -> Path:
+    """The same checkpoint with another config.json."""
+    target.mkdir()
+    for path in checkpoint.iterdir():
+        (target / path.name).symlink_to(path)
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps({**json.loads((checkpoint / "config.json").read_text()), **changes}))
+    return target
+
+
+def test_a_seed_of_files_that_make_no_sense_is_refused_in_one_line(world: World, checkpoint: Path, tmp_path: Path) -> None:
+    heads = spoilt(checkpoint, tmp_path / "heads", num_attention_heads=7, head_dim=None)
+    layers = spoilt(checkpoint, tmp_path / "layers", num_hidden_layers=10**9)
+    header = spoilt(checkpoint, tmp_path / "header")
+    raw = b"[" * 200_000
+    (header / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    for directory, problem in (
+        (heads, "is not a multiple of the number of attention heads (7)"),
+        (layers, "config.json: num_hidden_layers is 1000000000, at most 4096 are possible here"),
+        (header, "model.safetensors: has a header that can't be read: maximum recursion depth exceeded"),
+    ):
+        outcome = peerload("seed", "--checkpoint", directory, "--tp", 2, "--url", world.url, "--json")
+        assert outcome.status == outcome.document["exit_code"] == 2, outcome.err
+        assert problem in outcome.document["message"]
+
+
+def test_the_same_files_from_a_peer(world: World, checkpoint: Path, tmp_path: Path) -> None:
+    """A pull takes the configuration and the tensors' names from whoever announces the model."""
+    right = json.loads((checkpoint / "config.json").read_text())
+    with CoordinatorClient(world.url) as client:
+        name, _, revision = world.seed["model"].partition("@")
+        offer = client.discover(ModelKey(name, revision))[0]
+        for i, (content, problem) in enumerate((
+            ({**right, "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+            ({**right, "hidden_size": float("nan")}, "Field 'hidden_size' expected int"),
+            ({**right, "architectures": 5}, "architectures"),
+            ([1], "config.json is not a JSON object"),
+        )):  # fmt: skip
+            model = ModelKey(f"spoilt-{i}")
+            evil = replace(offer, binding=replace(offer.binding, source=SourceId("evil", 0, f"{i:032x}")))
+            client.announce(evil, model, files={"config.json": json.dumps(content).encode()})
+            words = ["--model", model.name, "--tp", 2, "--out", tmp_path / "out", "--url", world.url, "--deadline-s", 60]
+            outcome = peerload("pull", *words, "--json")
+            assert outcome.status == outcome.document["exit_code"] == 2, outcome.err
+            assert f"what the seeds of {model} publish can't be used: " in outcome.document["message"]
+            assert problem in outcome.document["message"]
+            client.withdraw(Lease(evil.source, 30.0))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_working_out_layouts_ends_at_the_deadline(world: World, checkpoint: Path, tmp_path: Path) -> None:
+    pull = ["pull", "--model", NAME, "--out", tmp_path / "out"]
+    for words in (pull, ["seed", "--checkpoint", checkpoint]):
+        outcome = peerload(*words, "--tp", 2, "--url", world.url, "--deadline-s", 0, "--json")
+        assert outcome.status == outcome.document["exit_code"] == 4
+        assert outcome.document["message"] == "the deadline passed while working out what 2 ranks of tp=2 hold"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 # Lives.
 
 
@@ -358,3 +460,18 @@ def test_sigterm_ends_a_seed_and_withdraws_it(world: World, checkpoint: Path, tm
         assert time.monotonic() - began_s < 10
     held = {r["instance"] for r in peerload("ls", "--url", world.url, "--json").document["holdings"]}
     assert held == {world.seed["instance"]}
+
+
+def test_a_seed_whose_place_is_taken_ends(world: World, checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", checkpoint, "--tp", 2, "--url", world.url, "--instance", "twin", "--model-name", "taken"]
+    with started(tmp_path / "seed", "seed", *words) as seed, CoordinatorClient(world.url) as client:
+        model = ModelKey("taken", seed.document["model"].partition("@")[2])
+        offer = client.discover(model)[1]
+        other = replace(offer, binding=replace(offer.binding, source=replace(offer.source, generation="0" * 32)))
+        lease = client.announce(other, model)
+        assert seed.process.wait(60) == 1
+        told = (tmp_path / "seed").read_text()
+        assert "peerload: LeaseSuperseded: " in told
+        assert "Traceback" not in told
+        assert [h.source for h in client.status().holdings if h.model == model] == [other.source]
+        client.withdraw(lease)

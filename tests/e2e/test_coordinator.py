@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from coordinators import answer, kill, process, rank_process, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from peerload.deadline import Deadline
@@ -49,7 +47,6 @@ from peerload.rpc import codec
 from peerload.rpc._generated import peerload_pb2 as pb
 from peerload.rpc._generated import peerload_pb2_grpc as pb_grpc
 from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.core import WAITERS
 from peerload.rpc.server import Coordinator, serve
 
 MODEL = ModelKey("org/llama", "r1")
@@ -83,30 +80,6 @@ def coordinator() -> Iterator[Coordinator]:
 def client(coordinator: Coordinator) -> Iterator[CoordinatorClient]:
     with CoordinatorClient(coordinator.address) as running:
         yield running
-
-
-@contextmanager
-def process(store: str, listen: str = "127.0.0.1:0") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A coordinator of its own process, and its address."""
-    code = "import sys; from peerload.rpc.server import serve; c = serve(*sys.argv[1:]); print(c.address, flush=True); c.wait()"
-    with subprocess.Popen([sys.executable, "-c", code, listen, store], stdout=subprocess.PIPE, text=True) as running:
-        try:
-            assert running.stdout is not None
-            yield running, running.stdout.readline().strip()
-        finally:
-            running.kill()
-
-
-def kill(running: subprocess.Popen[str]) -> None:
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait(10)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = Deadline.after(timeout_s)
-    while not condition():
-        deadline.check("waiting in a test")
-        time.sleep(0.02)
 
 
 # Announce and discover.
@@ -206,7 +179,7 @@ def test_a_target_waits_for_a_seed_that_is_not_there_yet(client: CoordinatorClie
     assert [o.source.rank for o in offers] == [0, 1]
     assert 0.5 < time.monotonic() - began_s < 5
     starting.join()
-    until(lambda: coordinator._core._waiting == 0)  # no call is open during the transfer
+    until(lambda: coordinator.waiting == 0)  # no call is open during the transfer
 
 
 def test_waiting_sees_withdrawal_expiry_and_replacement(client: CoordinatorClient, coordinator: Coordinator) -> None:
@@ -238,11 +211,13 @@ def test_waiting_ends_at_the_deadline_and_says_who_is_there(client: CoordinatorC
 
 
 def test_waiting_calls_starve_nobody(coordinator: Coordinator) -> None:
+    room = 200
     with CoordinatorClient(coordinator.address) as client, grpc.insecure_channel(coordinator.address) as channel:
         stub = pb_grpc.DirectoryStub(channel)
         request = pb.WatchRequest(model=codec.encode_model(MODEL))
-        streams = [stub.Watch(request, timeout=60) for _ in range(WAITERS)]
-        until(lambda: coordinator._core._waiting == WAITERS, 20)
+        coordinator.narrow(room)
+        streams = [stub.Watch(request, timeout=60) for _ in range(room)]
+        until(lambda: coordinator.waiting == room, 20)
         lease = client.announce(offer(), MODEL, deadline=Deadline.after(5))
         client.renew(lease, Deadline.after(5))
         # One more may not wait, and gets by with asking again.
@@ -254,27 +229,17 @@ def test_waiting_calls_starve_nobody(coordinator: Coordinator) -> None:
         assert time.monotonic() - asked_s < 5
         for stream in streams:
             stream.cancel()
-        until(lambda: coordinator._core._waiting == 0, 20)
+        until(lambda: coordinator.waiting == 0, 20)
 
 
 # Agreement.
 
 
 def test_processes_agree(coordinator: Coordinator) -> None:
-    code = (
-        "import sys; from peerload.rpc.client import CoordinatorClient; from peerload.deadline import Deadline\n"
-        "rank = int(sys.argv[2])\n"
-        "with CoordinatorClient(sys.argv[1]) as client:\n"
-        "    for number in range(2):\n"
-        "        print(client.agree('target', number, rank, 3, b'%d.%d' % (rank, number), Deadline.after(30)))"
-    )
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, coordinator.address, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=60)
-        assert output == "[b'0.0', b'1.0', b'2.0']\n[b'0.1', b'1.1', b'2.1']\n"
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(rank_process(coordinator.address, rank, 3, rounds=2)) for rank in range(3)]
+        for rank in ranks:
+            assert [answer(rank), answer(rank)] == ["[b'0', b'1', b'2']"] * 2
 
 
 def test_one_abort_sends_everyone_home_at_once(client: CoordinatorClient) -> None:
@@ -303,8 +268,13 @@ def test_a_deadline_names_the_missing_ranks_and_holds_for_all(client: Coordinato
 
 
 def test_a_rank_whose_time_is_up_keeps_a_promise_that_the_others_rely_on(client: CoordinatorClient) -> None:
-    assert client.agree("target", 0, 0, 1, b"done", Deadline.after(5)) == [b"done"]
-    assert client._last_word(Round("target", 0), 0, 1, ()) == [b"done"]
+    with rank_process(client.url, 0, 2, deadline_s=2.0) as slow:
+        until(lambda: client.status().open_rounds == {Round("target", 0): (1,)})
+        slow.send_signal(signal.SIGSTOP)
+        assert client.agree("target", 0, 1, 2, b"1", Deadline.after(5)) == [b"0", b"1"]
+        time.sleep(2.5)  # its deadline passes
+        slow.send_signal(signal.SIGCONT)
+        assert answer(slow) == "[b'0', b'1']"
 
 
 # Restarts.
@@ -501,7 +471,7 @@ def test_it_stops_at_once_though_clients_wait() -> None:
     with ThreadPoolExecutor() as pool, serve("127.0.0.1:0") as running, CoordinatorClient(running.address) as client:
         waiting = pool.submit(client.wait_for, MODEL, Deadline.after(4), lambda found: len(found) > 0)
         voting = pool.submit(client.agree, "g", 0, 0, 2, b"", Deadline.after(4))
-        until(lambda: running._core._waiting == 2)
+        until(lambda: running.waiting == 2)
         began_s = time.monotonic()
         running.stop()
         running.stop()

@@ -50,7 +50,7 @@ def test_target_equals_the_disk_baseline(model: Path, seed_tp: int, target_tp: i
 
 def test_demo_over_nixl(model: Path) -> None:
     pytest.importorskip("nixl_cu12", reason="the extra 'nixl' is not installed")
-    story = demo("--model", str(model), "--transport", "nixl")
+    story = demo("--model", str(model), "--transport", "nixl", "--interface", "lo")
     assert story["ok"] is True
     assert all(rank["receipt"]["verified_nbytes"] == rank["receipt"]["needed_nbytes"] for rank in story["ranks"])
 

@@ -73,7 +73,7 @@ class TestChoosingSources:
         [("per-tensor", "arena"), ("per-tensor", "plain"), ("per-allocation", "blocks"), ("arena", "plain")],
     )
     def test_every_way_to_register(self, url: str, transport: str, registration: str, memory: str) -> None:
-        config = CONFIG.replace(transport=transport, registration=registration)
+        config = CONFIG.replace(transport=transport, interface="lo", registration=registration)
         with SeedProcess(seed(url, "a", parallel=Parallel(tp=2), memory=memory, config=config)):
             good(load_ranks(target(url, 3, config=config)))
             good(load_ranks(target(url, 2, config=config)))
@@ -104,7 +104,7 @@ class TestStaging:
 
     @needs_nixl
     def test_over_nixl(self, url: str) -> None:
-        config = CONFIG.replace(transport="nixl", staging_bytes=1 << 20)
+        config = CONFIG.replace(transport="nixl", interface="lo", staging_bytes=1 << 20)
         with SeedProcess(seed(url, "a", config=config)):
             good(results := load_ranks(target(url, 4, config=config)))
         assert all(r.receipt is not None and r.receipt.staging_nbytes <= (1 << 20) // 4 for r in results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ MEMORIES = ["arena", "plain", pytest.param("nixl", marks=needs_nixl)]
 
 def of_memory(memory: str) -> dict[str, object]:
     if memory == "nixl":
-        return {"config": CONFIG.replace(transport="nixl")}
+        return {"config": CONFIG.replace(transport="nixl", interface="lo")}
     return {"memory": memory, "config": CONFIG}
 
 
@@ -82,6 +84,61 @@ class TestLostSource:
         if isinstance(second.error, CommitError):
             assert "rank 0 aborted" in second.error.message
             assert "a/rank 0" in second.error.message
+
+    @pytest.mark.parametrize("other", ["seed", "disk"])
+    @pytest.mark.parametrize("verify", ["on", "off"])
+    def test_killed_in_the_middle_of_a_change(self, url: str, verify: str, other: str, tmp_path: Path) -> None:
+        """What it gave after its fence fell is another version's, and it was killed before its fence could be read again."""
+        config = CONFIG.replace(verify=verify, fallback="disk", attach=False)
+        with ExitStack() as stack:
+            a = stack.enter_context(SeedProcess(seed(url, "a", memory="plain", config=config)))
+            if other == "seed":
+                stack.enter_context(SeedProcess(seed(url, "b", memory="plain", config=config)))
+            change, kill = Slow("a/", 20, lambda: a.ask("begin change")), Slow("a/", 40, a.kill)
+            results = load_ranks(
+                target(url, config=config), wrap=lambda r, t: kill(r, change(r, t)), reserve=[on_disk(MODEL, tmp_path)]
+            )
+        assert change.happened.is_set()
+        assert kill.happened.is_set()
+        good(results)
+        if verify == "off":
+            assert results[0].receipt is not None
+            assert "a/rank 0" not in results[0].receipt.sources
+
+    def test_ranks_that_are_stopped_cost_the_time_of_one(self, url: str) -> None:
+        """Each rank of a wedged instance is given up after `stall_s`, all of them at once, and well before the deadline."""
+        four, config = Parallel(tp=4), CONFIG.replace(deadline_s=40.0, stall_s=4.0)
+        with SeedProcess(seed(url, "a", parallel=four)) as a, SeedProcess(seed(url, "b", parallel=four)):
+            os.kill(a.pid, signal.SIGSTOP)
+            try:
+                begun_s = time.monotonic()
+                good(results := load_ranks(target(url, config=config)))
+                assert time.monotonic() - begun_s < 12.0  # one after the other: 16 s
+            finally:
+                os.kill(a.pid, signal.SIGCONT)
+        assert results[0].receipt is not None
+        assert {name.partition("/")[0] for name in results[0].receipt.sources} == {"b"}
+
+    @needs_nixl
+    @pytest.mark.parametrize("other", ["seed", "disk"])
+    def test_a_seed_that_stands_still_in_mid_transfer_is_given_up(
+        self, url: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Over TCP, as between hosts: what it would still send must not land in memory that others have filled meanwhile."""
+        monkeypatch.setenv("UCX_TLS", "tcp")
+        config = CONFIG.replace(transport="nixl", interface="lo", stall_s=1.0, fallback="disk")
+        with ExitStack() as stack:
+            a = stack.enter_context(SeedProcess(seed(url, "a", config=config)))
+            if other == "seed":
+                stack.enter_context(SeedProcess(seed(url, "b", config=config)))
+            stop = Slow("a/", 30, lambda: os.kill(a.pid, signal.SIGSTOP))
+            begun_s = time.monotonic()
+            results = load_ranks(target(url, config=config), wrap=stop, reserve=[on_disk(MODEL, tmp_path)])
+            seconds = time.monotonic() - begun_s
+            a.kill()
+        assert stop.happened.is_set()
+        good(results)
+        assert seconds < config.deadline_s / 2
 
     def test_a_seed_that_ends_politely_while_it_is_read(self, url: str) -> None:
         with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):

@@ -21,11 +21,11 @@ class Stage:
     """`t=SECONDS COMMAND`, one a line:
 
     announce MODEL INSTANCE/RANK GENERATION ttl=S [body=TEXT]   renew|withdraw INSTANCE/RANK GENERATION
-    expire   list MODEL   crash   restart   vote GROUP#ROUND RANK/SIZE TEXT   abort GROUP#ROUND RANK/SIZE TEXT
+    expire   list MODEL   crash   restart   vote|abort|ask GROUP#ROUND RANK/SIZE TEXT
     """
 
     def __init__(self) -> None:
-        self.directory, self.ballot = Directory(fence_s=1000), Ballot(keep_s=1000)
+        self.directory, self.ballot = Directory(fence_s=1000), Ballot(keep_s=1000, decision_s=8000)
         self.generations: dict[SourceId, bool] = {}
         self.stored: list[tuple[Record, float]] = []
 
@@ -74,6 +74,10 @@ class Stage:
 
     def abort(self, now_s: float, key: str, rank: str, *reason: str) -> list[str]:
         return [outcome(self.ballot.abort(*ballot_words(key, rank), " ".join(reason), now_s))]
+
+    def ask(self, now_s: float, key: str, rank: str) -> list[str]:
+        told = self.ballot.ask(*ballot_words(key, rank)[:2], now_s)
+        return ["no such vote is known"] if told is None else [outcome(told)]
 
 
 def source_of(seat: str, generation: str) -> SourceId:

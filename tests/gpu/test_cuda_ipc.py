@@ -85,7 +85,7 @@ def test_hundreds_of_small_tensors_that_share_blocks_each_keep_their_place() -> 
         reader.register([memory.region()])
         told = Description.decode(source.description, "source")
         assert len(told.base) < len(sizes) / 10, "the tensors don't share blocks: this test shows nothing"
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", Deadline.after(20))
         columns = (np.array(column, np.int64) for column in (source.address, here, sizes))
         reader.read(peer, Batch.of_runs(*columns), Deadline.after(20))
         for i, (address, nbytes) in enumerate(zip(here, sizes, strict=True)):
@@ -128,7 +128,7 @@ address, nbytes = int(sys.argv[2]), int(sys.argv[3])
 tensor = torch.zeros(nbytes, dtype=torch.uint8, device="cuda:0")
 transport = CudaIpcTransport("cuda:0")
 transport.register(regions_for([placed(tensor)], "per-allocation"))
-peer = transport.connect(base64.b64decode(sys.argv[1]), "source")
+peer = transport.connect(base64.b64decode(sys.argv[1]), "source", Deadline.after(20))
 transport.read(peer, Batch.of_runs(*(np.array([x]) for x in (address, tensor.data_ptr(), nbytes))), Deadline.after(20))
 print(torch.equal(tensor.cpu(), torch.from_numpy(np.random.default_rng(0).integers(0, 256, nbytes, np.uint8))))
 """
@@ -163,7 +163,7 @@ def test_long_runs_beside_short_ones(there: str) -> None:
             strided(src, here + (78 << 20), 17, [], [], []),
         ]
         batch = Batch.joined(*parts)
-        reader.read(reader.connect(source.description, "source"), batch, Deadline.after(20))
+        reader.read(reader.connect(source.description, "source", Deadline.after(20)), batch, Deadline.after(20))
         must, held = content(0, nbytes), np.frombuffer(memory.read(here, nbytes), np.uint8)
         expected = np.zeros(nbytes, np.uint8)
         for s, d, n in zip(*batch.runs(), strict=True):
@@ -191,7 +191,7 @@ def check_pair(offering: Transport, reading: Transport, there: DeviceArena, here
     there.write(src, content(5, 100_000).tobytes())
     offering.register([there.region()])
     reading.register([here.region()])
-    peer = reading.connect(offering.describe(), "myself")
+    peer = reading.connect(offering.describe(), "myself", Deadline.after(20))
     reading.read(peer, strided(src, dst, 100_000, [], [], []), Deadline.after(20))
     assert here.read(dst, 100_000) == content(5, 100_000).tobytes()
     offering.close()
@@ -206,7 +206,7 @@ import base64, sys
 from peerload.errors import SourceUnreachable
 from peerload.transport.cuda_ipc import CudaIpcTransport
 try:
-    CudaIpcTransport("cuda:0").connect(base64.b64decode(sys.argv[1]), "source")
+    CudaIpcTransport("cuda:0").connect(base64.b64decode(sys.argv[1]), "source", Deadline.after(20))
 except SourceUnreachable as error:
     print(error)
 """
@@ -224,7 +224,7 @@ def test_another_host_is_named() -> None:
     with SourceProcess("cuda_ipc", [4096], memory=GPU) as source, closing(CudaIpcTransport(GPU)) as reader:
         elsewhere = source.description.replace(b'"host":"', b'"host":"x')
         with pytest.raises(SourceUnreachable, match="another host"):
-            reader.connect(elsewhere, "source")
+            reader.connect(elsewhere, "source", Deadline.after(20))
 
 
 def test_memory_of_a_dead_source_stays_mapped_until_its_reader_closes() -> None:
@@ -275,7 +275,7 @@ def test_a_deadline_in_the_middle_leaves_nobody_writing() -> None:
         reader = stack.enter_context(closing(CudaIpcTransport(GPU)))
         here = memory.allocate(nbytes)
         reader.register([memory.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", Deadline.after(20))
         ticks = iter(range(1_000_000))
         deadline = Deadline(at_s=3.0, clock=lambda: float(next(ticks)))
         with pytest.raises(DeadlineExceeded):

@@ -190,6 +190,6 @@ def test_a_file_is_read_onto_the_gpu(tmp_path) -> None:
     with closing(open_transport("files", Config(threads=4), GPU)) as transport, closing(DeviceArena(GPU, nbytes)) as gpu:
         there = gpu.allocate(nbytes)
         transport.register([gpu.region()])
-        peer = transport.connect(files.encode(), "disk")
+        peer = transport.connect(files.encode(), "disk", Deadline.after(20))
         transport.read(peer, strided(files.base[0], there, nbytes, [], [], []), Deadline.after(60))
         assert gpu.read(there, nbytes) == content(2, nbytes).tobytes()

@@ -339,7 +339,7 @@ def test_values_that_an_engine_checks_are_given() -> None:
     def build() -> Plain:
         return Plain(p=("BF16", (4, 6)), i=("I32", (6,)))
 
-    with pytest.raises(LayoutError, match=r"loader fails on coded values in pass 1 of 3: ValueError.'index is no permutation'"):
+    with pytest.raises(LayoutError, match=r"loader fails on coded values in pass 1 of 3: ValueError: index is no permutation"):
         probe(build, load, MIXED)
     with pytest.raises(LayoutError, match="the engine's post-processing fails on coded values in pass 1"):
         probe(build, lambda model, weights: None, MIXED, finish=lambda model: model.nothing)

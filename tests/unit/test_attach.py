@@ -133,7 +133,7 @@ def test_long_runs_are_mapped_and_edges_copied(reader: LocalTransport) -> None:
     with SourceProcess("local", [nbytes], memory="frozen") as source, Arena(4 * MIB) as arena:
         here = arena.place(nbytes)
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         part = block(source.address[0] + 100, here + 100, nbytes - 200)
         left = reader.attach(peer, part, arena)
         assert attached_nbytes(arena) == nbytes - 2 * PAGE
@@ -154,7 +154,7 @@ def test_what_is_written_into_attached_pages_stays_here(reader: LocalTransport) 
     with SourceProcess("local", [MIB], memory="frozen") as source, Arena(2 * MIB) as arena, Arena(MIB) as other:
         here, there = arena.place(MIB), other.place(MIB)
         reader.register([arena.region(), other.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         assert reader.attach(peer, block(source.address[0], here, MIB), arena).nbytes == 0
         arena.write(here, bytes(MIB))
         reader.read(peer, block(source.address[0], there, MIB), SOON)
@@ -172,7 +172,7 @@ def test_memory_that_may_still_change_is_never_mapped(reader: LocalTransport, me
     with source, Arena(4 * MIB) as arena:
         here = arena.allocate(4 * MIB, 64)
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         batch = block(source.address[0], here + (source.address[0] - here) % PAGE, 3 * MIB)
         assert reader.attach(peer, batch, arena) is batch
         assert attached_nbytes(arena) == 0
@@ -184,7 +184,7 @@ def test_what_does_not_fit_pages_is_copied(reader: LocalTransport, offset: int, 
     with SourceProcess("local", [2 * MIB], memory="frozen") as source, Arena(3 * MIB) as arena:
         here = arena.place(2 * MIB) + offset
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         batch = block(source.address[0], here, nbytes)
         assert reader.attach(peer, batch, arena) is batch
         assert attached_nbytes(arena) == 0
@@ -194,7 +194,7 @@ def test_strided_copies_of_long_runs_are_mapped_run_by_run(reader: LocalTranspor
     with SourceProcess("local", [4 * MIB], memory="frozen") as source, Arena(4 * MIB) as arena:
         here = arena.place(2 * MIB)
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         batch = strided(source.address[0], here, MIB // 2, [4], [MIB], [MIB // 2])
         assert reader.attach(peer, batch, arena).nbytes == 0
         expected = known(0, 4 * MIB).reshape(4, MIB)[:, : MIB // 2].tobytes()
@@ -206,7 +206,7 @@ def test_an_arena_with_attached_pages_is_served_without_its_memfd(reader: LocalT
         here = arena.place(MIB)
         per_tensor = Region(here, MIB, fd=arena.region().fd, fd_offset=here - arena.address)
         reader.register([arena.region(), per_tensor])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         reader.attach(peer, block(source.address[0], here, MIB), arena)
         assert not arena.freeze()
         assert not arena.collapse()
@@ -215,7 +215,7 @@ def test_an_arena_with_attached_pages_is_served_without_its_memfd(reader: LocalT
         with closing(third):
             landing = ours.place(MIB)
             third.register([ours.region()])
-            again = third.connect(reader.describe(), "second")
+            again = third.connect(reader.describe(), "second", SOON)
             batch = block(here, landing, MIB)
             assert third.attach(again, batch, ours) is batch
             third.read(again, batch, SOON)

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 
 from peerload.batch import Batch  # noqa: E402
 from peerload.deadline import Deadline  # noqa: E402
-from peerload.engines.architecture import catalog_of  # noqa: E402
+from peerload.engines.architecture import catalog_of, config_of  # noqa: E402
 from peerload.engines.checkpoint import Checkpoint, ModelFiles, name_of  # noqa: E402
 from peerload.engines.transformers import layout_for  # noqa: E402
 from peerload.errors import ConfigError, HostError, LayoutError, ManifestError  # noqa: E402
@@ -43,11 +43,22 @@ def one_file(tmp_path: Path) -> Path:
 def rewrite(path: Path, change: Callable[[dict[str, dict[str, object]]], None]) -> None:
     """The same file with another header."""
     content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     change(header)
-    raw = json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+    header_of(path, json.dumps(header).encode())
+
+
+def header_of(path: Path, raw: bytes) -> None:
+    """The same data under these bytes as the header."""
+    content = path.read_bytes()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + int.from_bytes(content[:8], "little") :])
+
+
+def nested(depth: int) -> object:
+    value: object = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
 
 
 def test_every_tensor_is_read_through_the_offer_as_safetensors_reads_it(directory: Path) -> None:
@@ -64,7 +75,7 @@ def test_every_tensor_is_read_through_the_offer_as_safetensors_reads_it(director
         memory = np.zeros(int(nbytes.sum()), np.uint8)
         begin = np.cumsum(nbytes) - nbytes
         transport.register([Region(memory.ctypes.data, memory.nbytes)])
-        peer = transport.connect(offer.binding.endpoints[0].description, "disk")
+        peer = transport.connect(offer.binding.endpoints[0].description, "disk", Deadline.after(20))
         source = offer.binding.address[pieces.buffer] + pieces.offset
         transport.read(peer, Batch.of_runs(source, memory.ctypes.data + begin, nbytes), Deadline.after(10))
     for i in range(len(pieces)):
@@ -121,17 +132,19 @@ def test_missing_things_are_the_operators_fault(directory: Path, tmp_path: Path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"the index names model-00001-of-\d+.safetensors, which isn't there"):
         Checkpoint.open(tmp_path)
-    for text in ("[", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 1}}'):
+    for text in ("[", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 1}}', "[" * 200_000):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ManifestError, match="weight_map"):
             Checkpoint.open(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
-    with pytest.raises(ConfigError, match="isn't there"):
-        Checkpoint.open(tmp_path)
+    for name in ("../model.safetensors", "nul\0", "\ud800", "long" * 100, ""):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(ConfigError, match="isn't there"):
+            Checkpoint.open(tmp_path)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         ModelFiles.of(tmp_path)
-    with pytest.raises(ConfigError, match="not JSON"):
-        ModelFiles({"config.json": b"{"})
+    for content in (b"{", b"[" * 50_000, b"\xff", b'{"a": ' + b"[" * 50_000):
+        with pytest.raises(ConfigError, match="not JSON"):
+            ModelFiles({"config.json": content})
 
 
 def test_an_index_that_lies(one_file: Path) -> None:
@@ -154,7 +167,26 @@ def test_headers_that_lie(one_file: Path) -> None:
     refused(lambda h: h["w"].update(dtype="F4"), r"model.safetensors\[w\].dtype: 'F4' is none of")
     refused(lambda h: h["w"].update(data_offsets=[4, 4000]), r"\[4, 4000\) lies outside the file's 52 bytes")
     refused(lambda h: h["w"].update(shape=[3, 5]), r"spans 48 bytes, F32\[3, 5\] needs others")
-    refused(lambda h: h["w"].pop("shape"), "has a header that can't be read")
+    refused(lambda h: h["w"].pop("shape"), r"\[w\]: does not have data_offsets, dtype, shape")
+    refused(lambda h: h["w"].update(shape=[3.0, 4]), r"\[w\].shape: is no list .* extents of at least 1: \[3.0, 4\]")
+    refused(lambda h: h["w"].update(shape=[3, "4"]), r"\[w\].shape: is no list")
+    refused(lambda h: h["w"].update(shape=[3, 4, True]), r"\[w\].shape: is no list")
+    refused(lambda h: h["w"].update(data_offsets=[0]), r"\[w\].data_offsets: is no pair of bytes: \[0\]")
+    refused(lambda h: h["w"].update(data_offsets=[0, 48]), r"\[w\].data_offsets: \[0, 48\) overlaps the tensor before it")
+    refused(lambda h: h["w"].update(x=nested(126)), r"\[w\]: is nested deeper than 127 levels")
+    refused(lambda h: h.update(w=h["scale"]), r"\[w\].data_offsets: \[0, 4\) overlaps the tensor before it")
+    refused(lambda h: h.pop("scale"), r"\[w\].data_offsets: \[4, 52\) leaves a gap: it must begin at byte 0")
+    refused(lambda h: h.pop("w"), r"model.safetensors: its tensors cover 4 of 52 bytes of data")
+    refused(lambda h: h.update(__metadata__="pt"), r"model.safetensors.__metadata__: does not map strings to strings")
+    refused(lambda h: h.update(__metadata__={"step": 1}), r"__metadata__: does not map strings to strings")
+    path.write_bytes(original)
+    header_of(path, b"[" * 200_000 + b"]" * 200_000)
+    with pytest.raises(ManifestError, match=r"model.safetensors: has a header that can't be read: maximum recursion"):
+        Checkpoint.open(one_file)
+    path.write_bytes(original)
+    header_of(path, b'{"w": {"dtype": "F32", "dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}')
+    with pytest.raises(ManifestError, match=r"has a header that can't be read: 'dtype' is listed twice"):
+        Checkpoint.open(one_file)
     path.write_bytes(original[:20])
     with pytest.raises(ManifestError, match="is no safetensors file"):
         Checkpoint.open(one_file)
@@ -220,6 +252,44 @@ def test_models_that_are_refused() -> None:
             layout_for(config(quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True}), Parallel())
     with pytest.raises(ConfigError, match="rank 2 is not below 2"):
         layout_for(config(), Parallel(2), 2)
+
+
+BAD_CONFIGS: dict[str, list[object]] = {
+    "hidden_size": [float("nan"), "64", True, 65, 2**70],
+    "num_attention_heads": [0, 7, 1.5],
+    "head_dim": [0],
+    "vocab_size": [-5, "x"],
+    "num_hidden_layers": ["2", 10**9, 10**400, float("inf")],
+    "architectures": [5, [5], "Llama", {"a": 1}, ["AutoModel"]],
+    "layer_types": [5],
+    "num_labels": ["x", 10**9],
+    "text_config": [{"num_experts": 1e9}],
+    "id2label": [5],
+    "hidden_act": ["nope"],
+    "pad_token_id": [10**9],
+    "quantization_config": [5],
+    "rope_parameters": [5, {"rope_type": "yarn"}],
+    "dtype": [5],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_CONFIGS.items() for value in values])
+def test_a_config_that_makes_no_sense_is_refused_at_once(key: str, value: object) -> None:
+    right = ModelFiles({"config.json": json.dumps(model_config("llama")).encode()})
+    wrong = ModelFiles({"config.json": json.dumps({**model_config("llama"), key: value}).encode()})
+    with pytest.raises(ConfigError, match=r"^config\.json: "):
+        catalog_of(wrong)
+    for parallel in (Parallel(), Parallel(2)):
+        with pytest.raises(ConfigError, match=r"^config\.json: "):
+            layout_for(wrong, parallel, 0, catalog_of(right))
+
+
+def test_as_many_layers_as_the_checkpoint_has_tensors_are_no_matter() -> None:
+    config = {**model_config("llama"), "num_hidden_layers": 5000}
+    files = ModelFiles({"config.json": json.dumps(config).encode()})
+    with pytest.raises(ConfigError, match="num_hidden_layers is 5000, at most 4999 are possible here"):
+        config_of(files, 4999)
+    assert config_of(files, 5000).num_hidden_layers == 5000
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(directory: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,8 +175,11 @@ LAYOUT_FAULTS: list[tuple[str, Callable[[pb.Layout], object], str]] = [
     ("negative buffer", lambda m: setattr(m, "buffer_nbytes", i64(-48, 16, 4, 32)), "layout.buffer_nbytes[0]"),
     ("buffer without size", lambda m: setattr(m, "buffer_nbytes", i64(48, 16, 4)), "layout.buffers"),
     ("constant outside", lambda m: setattr(m.constant[0], "offset", 41), "layout.constants[0].offset"),
-    ("constant overflow", lambda m: m.constant[0].stride.__setitem__(1, 2**62), "layout.constants[0].shape"),
-    ("constant empty", lambda m: m.constant[0].shape.__setitem__(0, 0), "layout.constants[0].shape"),
+    ("constant overflow", lambda m: setattr(m.constant[0], "stride", i64(8, 2**59)), "layout.constants[0].shape"),
+    ("constant huge", lambda m: setattr(m.constant[0], "stride", i64(8, 2**62)), "layout.constants[0].stride[1]"),
+    ("constant empty", lambda m: setattr(m.constant[0], "shape", i64(0, 4)), "layout.constants[0].shape[0]"),
+    ("constant of many dimensions", lambda m: setattr(m.constant[0], "shape", i64(*[1] * 65)), "layout.constants[0].shape"),
+    ("many constants", lambda m: m.constant.extend([pb.Constant()] * 100_000), "layout.constants"),
     ("constant without fill", lambda m: setattr(m.constant[0], "fill", b""), "layout.constants[0]"),
     ("opaque outside", lambda m: setattr(m.opaque[0], "nbytes", 33), "layout.opaques[0].offset"),
     ("opaque huge", lambda m: setattr(m.opaque[0], "nbytes", 2**63 - 1), "layout.opaques[0].offset"),
@@ -297,6 +302,71 @@ def test_fields_of_the_future_survive_in_a_record() -> None:
     future = message.SerializeToString() + bytes([0xFA, 0x3F, 3]) + b"new"  # field 1023, three bytes
     record = codec.decode_record(pb.Announcement.FromString(future))
     assert bytes([0xFA, 0x3F, 3]) + b"new" in record.body
+
+
+def varint(number: int) -> bytes:
+    low = [number >> at & 0x7F for at in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([byte | 0x80 for byte in low[:-1]] + low[-1:])
+
+
+#: Elements of 2 or 3 bytes each, which a parser turns into some 70.
+BOMBS: list[tuple[str, type[Message], bytes]] = [
+    ("constants", pb.Layout, b"\x2a\0" * 1_100_000),
+    ("constants whose tags are longer than they need be", pb.Layout, b"\xaa\0\0" * 1_100_000),
+    ("names inside one opaque region", pb.Layout, b"\x32" + varint(2_200_000) + b"\x32\0" * 1_100_000),
+    ("names", pb.Catalog, b"\x0a\0" * 1_100_000),
+    ("files", pb.Files, b"\x0a\0" * 1_100_000),
+    ("endpoints", pb.AnnounceRequest, b"\x0a" + varint(2_200_000) + b"\x3a\0" * 1_100_000),
+    ("attributes", pb.AnnounceRequest, b"\x0a" + varint(2_200_000) + b"\x52\0" * 1_100_000),
+    ("digests", pb.HasBlobsRequest, b"\x0a\0" * 1_100_000),
+    ("names, cut short", pb.Catalog, b"\x0a\0" * 1_100_000 + b"\x0a\x05"),
+]
+
+
+@pytest.mark.parametrize(("kind", "data"), [b[1:] for b in BOMBS], ids=[b[0] for b in BOMBS])
+def test_a_message_of_too_many_parts_is_refused_before_it_takes_memory(kind: type[Message], data: bytes) -> None:
+    with pytest.raises(ManifestError) as caught:
+        codec.parse(kind, data, "message")
+    assert str(caught.value) == "message: has more than 1000000 parts"
+
+
+def test_a_large_message_of_few_parts_is_none_of_those() -> None:
+    """Its columns hold the bytes with which a part could start."""
+    data = pb.Layout(catalog="c", pieces=pb.Pieces(offset=b"\x2a" * 8_000_000), buffer_name=["b"]).SerializeToString()
+    assert len(codec.parse(pb.Layout, data, "layout").pieces.offset) == 8_000_000
+
+
+@given(st.lists(st.tuples(st.text(max_size=5), st.binary(max_size=5)), max_size=20), st.integers(0, 30))
+def test_parts_are_counted_rightly(rows: list[tuple[str, bytes]], covers: int) -> None:
+    """Against the parser, for one of everything that repeats."""
+    message = pb.Layout(
+        buffer_name=[name for name, _ in rows],
+        constant=[pb.Constant(fill=fill) for _, fill in rows],
+        opaque=[pb.Opaque(covers=["x"] * covers)],
+        alias=[pb.Pair(name=name, text=name) for name, _ in rows],
+        parallel=pb.Parallel(tp=300),
+    )
+    parts, data = 3 * len(rows) + 1 + covers, message.SerializeToString()
+    assert codec._parts(pb.Layout.DESCRIPTOR, data, 0, len(data), 1000) == parts
+    assert codec._parts(pb.Layout.DESCRIPTOR, data, 0, len(data), 0) <= max(1, parts)
+    assert sum(byte & 0x7F in codec._starts(pb.Layout.DESCRIPTOR) for byte in data) >= parts
+
+
+def test_what_the_coordinator_parses_repeats_no_numbers() -> None:
+    """A packed column of them would be one part and any amount of memory."""
+
+    def check(kind: Descriptor) -> None:
+        for field in kind.fields:
+            assert not field.is_repeated or field.type in (field.TYPE_STRING, field.TYPE_BYTES, field.TYPE_MESSAGE), (
+                field.full_name
+            )
+            if field.message_type is not None:
+                check(field.message_type)
+
+    for method in pb.DESCRIPTOR.services_by_name["Directory"].methods:
+        check(method.input_type)
+    for kind in (pb.Catalog, pb.Layout, pb.Digests, pb.Files):
+        check(kind.DESCRIPTOR)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("grpc_tools") is None, reason="grpcio-tools is not installed")

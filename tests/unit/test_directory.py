@@ -10,7 +10,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from peerload.directory import Aborted, Agreed, Ballot, Change, Directory, Event, Outcome, Pending, Record, Round
+from peerload.config import LONGEST_S
+from peerload.directory import (
+    DECISION_S,
+    Aborted,
+    Agreed,
+    Ballot,
+    BallotFull,
+    BallotLimits,
+    Change,
+    Directory,
+    Event,
+    Outcome,
+    Pending,
+    Record,
+    Round,
+)
 from peerload.errors import LeaseSuperseded, LeaseUnknown, ManifestError
 from peerload.manifest import ModelKey, SourceId
 
@@ -206,6 +221,73 @@ def test_a_round_is_forgotten_after_its_last_vote_not_its_first() -> None:
     assert ballot.expire(18.9) == []
     assert ballot.expire(19) == [key]
     assert ballot.vote(key, 1, 2, b"b", 20) == Pending((0,))
+
+
+def test_a_decision_is_kept_for_longer_than_any_deadline() -> None:
+    assert DECISION_S > LONGEST_S
+    ballot, key = Ballot(), Round("group", 1)
+    ballot.abort(key, 0, 2, "no", 0)
+    assert ballot.expire(LONGEST_S) == []
+    assert ballot.vote(key, 1, 2, b"b", LONGEST_S) == Aborted(0, "no")
+
+
+def test_a_round_that_somebody_asks_in_is_kept() -> None:
+    ballot, key = Ballot(keep_s=10), Round("group", 1)
+    ballot.vote(key, 0, 2, b"a", 0)
+    assert ballot.ask(key, 1, 9) is None
+    assert ballot.ask(Round("group", 2), 0, 9) is None
+    for now_s in (9, 18, 27):
+        assert ballot.ask(key, 0, now_s) == Pending((1,))
+        assert ballot.expire(now_s) == []
+    assert ballot.expire(37) == [key]
+    assert ballot.ask(key, 0, 38) is None
+
+
+def test_when_all_have_agreed_on_a_round_the_earlier_ones_are_over() -> None:
+    ballot = Ballot(limits=BallotLimits(group_nbytes=5))
+    for number in range(20):  # 2 bytes each would not fit together
+        for rank in range(2):
+            outcome = ballot.vote(Round("group", number), rank, 2, b"%d" % rank, number)
+        assert outcome == Agreed((b"0", b"1"))
+    assert list(ballot.outcomes()) == [Round("group", 19)]
+    assert ballot.expire(19) == [Round("group", number) for number in range(19)]
+    with pytest.raises(ManifestError, match="all ranks of group have gone on to round 19") as caught:
+        ballot.vote(Round("group", 3), 0, 2, b"0", 20)
+    assert caught.value.field == "agree.round"
+    assert ballot.vote(Round("another", 3), 0, 2, b"0", 20) == Pending((1,))
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        (BallotLimits(rounds=2), "2 rounds of votes are kept already"),
+        (BallotLimits(open_rounds=1), "a has 1 open rounds already"),
+        (BallotLimits(group_nbytes=3), "the votes of a have more than 3 bytes"),
+        (BallotLimits(nbytes=5), "the votes of all groups have more than 5 bytes"),
+    ],
+)
+def test_a_ballot_is_bounded(limits: BallotLimits, refused: str) -> None:
+    ballot = Ballot(limits=limits)
+    ballot.vote(Round("b", 0), 0, 2, b"xx", 0)
+    ballot.vote(Round("a", 0), 0, 2, b"xx", 0)
+    before = ballot.outcomes()
+    with pytest.raises(BallotFull, match=refused):
+        ballot.vote(Round("a", 1), 0, 2, b"xx", 0)
+    assert ballot.outcomes() == before
+    assert ballot.vote(Round("a", 0), 0, 2, b"xx", 0) == Pending((1,))  # saying it again takes no room
+    ballot.abort(Round("a", 0), 1, 2, "no", 0)
+    ballot.abort(Round("b", 0), 1, 2, "no", 0)
+    ballot.expire(DECISION_S)
+    assert ballot.vote(Round("a", 1), 0, 2, b"xx", 0) == Pending((1,))
+
+
+def test_an_abort_needs_no_room_of_its_own() -> None:
+    ballot = Ballot(limits=BallotLimits(nbytes=2, group_nbytes=2))
+    ballot.vote(Round("a", 0), 0, 2, b"xx", 0)
+    with pytest.raises(BallotFull):
+        ballot.vote(Round("b", 0), 0, 2, b"x", 0)
+    assert ballot.abort(Round("a", 0), 1, 2, "no", 0) == Aborted(1, "no")
+    assert ballot.vote(Round("b", 0), 0, 2, b"xx", 0) == Pending((1,))
 
 
 @pytest.mark.parametrize(

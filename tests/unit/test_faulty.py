@@ -31,7 +31,7 @@ class Bench:
         self.peers = {}
         for name, source in sources.items():
             source.register([Region(int(self.there.ctypes.data), NBYTES)])
-            self.peers[name] = self.transport.connect(source.describe(), name)
+            self.peers[name] = self.transport.connect(source.describe(), name, SOON)
 
     def read(self, name: str, begin: int, end: int, deadline: Deadline = SOON) -> npt.NDArray[np.uint8]:
         run = np.full((end - begin) // 1000, 1000, np.int64)

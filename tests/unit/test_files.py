@@ -11,9 +11,10 @@ import pytest
 
 from peerload.batch import Batch
 from peerload.deadline import Deadline
-from peerload.errors import PlanError, SourceLost, SourceStale, SourceUnreachable
+from peerload.errors import SourceLost, SourceStale, SourceUnreachable
 from peerload.memory import Arena
 from peerload.testing.transport_conformance import strided
+from peerload.transport.descriptions import decode
 from peerload.transport.files import FileSet, FilesTransport
 
 SOON = Deadline.after(3600)
@@ -30,7 +31,7 @@ class Scene:
         transport.register([arena.region()])
 
     def connect(self) -> str:
-        return self.transport.connect(self.files.encode(), "disk")
+        return self.transport.connect(self.files.encode(), "disk", SOON)
 
     def whole(self, i: int) -> Batch:
         return strided(self.files.base[i], self.here, self.files.nbytes[i], [], [], [])
@@ -49,7 +50,7 @@ def test_files_have_an_address_space_of_their_own(scene: Scene) -> None:
     scene.transport.read(peer, scene.whole(1), SOON)
     assert scene.arena.read(scene.here, 3000) == b"bcd" * 1000
     between = strided(scene.files.base[0], scene.here, 4097, [], [], [])
-    with pytest.raises(PlanError, match=r"src\[0\]"):
+    with pytest.raises(SourceLost, match=r"src\[0\]"):
         scene.transport.read(peer, between, SOON)
 
 
@@ -84,4 +85,4 @@ def test_a_file_that_is_not_there_is_named(scene: Scene) -> None:
 
 
 def test_a_set_of_files_survives_the_wire(scene: Scene) -> None:
-    assert FileSet.decode(scene.files.encode()) == scene.files
+    assert decode(FileSet, scene.files.encode(), "disk") == scene.files

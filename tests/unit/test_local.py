@@ -23,6 +23,7 @@ from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import strided
 from peerload.transport.attached import Description, why_not
 from peerload.transport.base import Region
+from peerload.transport.descriptions import encode
 from peerload.transport.handover import Connection, Handover
 from peerload.transport.host import boot_id, pid_namespace, start_time
 from peerload.transport.local import LocalTransport
@@ -75,7 +76,7 @@ def test_what_is_read_does_not_stay_resident(reader: LocalTransport, memory: str
         here = arena.allocate(nbytes, 4096)
         arena.view(here, nbytes)[:] = b"\1" * nbytes
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         before = resident_nbytes()
         reader.read(peer, block(source.address[0], here, nbytes), SOON)
         assert resident_nbytes() - before < 16 << 20
@@ -86,7 +87,7 @@ def test_a_seed_that_withdraws_is_lost_at_once(reader: LocalTransport) -> None:
     with SourceProcess("local", [4096]) as source, Arena(4096) as arena:
         here = arena.allocate(4096)
         reader.register([arena.region()])
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         source.close_transport()
         with pytest.raises(SourceLost, match="closed its transport or died"):
             reader.read(peer, block(source.address[0], here, 4096), SOON)
@@ -121,7 +122,7 @@ def test_a_forked_child_that_holds_the_socket_is_no_sign_of_life(reader: LocalTr
             here = arena.allocate(1 << 20)
             reader.register([arena.region()])
             address, description = process.stdout.readline().split(b" ", 1)
-            peer = reader.connect(description, "source")
+            peer = reader.connect(description, "source", SOON)
             process.stdin.write(b"fork\n")
             process.stdin.flush()
             child = int(process.stdout.readline())
@@ -142,7 +143,7 @@ def test_mappings_of_a_lost_source_are_given_back(reader: LocalTransport) -> Non
         here = arena.allocate(100)
         reader.register([arena.region()])
         before = mapped_nbytes("peerload")
-        peer = reader.connect(source.description, "source")
+        peer = reader.connect(source.description, "source", SOON)
         assert mapped_nbytes("peerload") - before >= 64 << 20
         source.kill()
         with pytest.raises(SourceLost):
@@ -153,7 +154,7 @@ def test_mappings_of_a_lost_source_are_given_back(reader: LocalTransport) -> Non
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [("host", "elsewhere", "another host"), ("token", "0" * 32, "hand over"), ("socket", "nobody", "socket"),
-     ("start_time", 1, "no longer the one"), ("pid", 1, "no longer the one"), ("address", [-5], "impossible"),
+     ("start_time", 1, "no longer the one"), ("pid", 1, "no longer the one"), ("address", [-5], "sense"),
      ("nbytes", [1 << 63], "sense"), ("nbytes", [], "sense")],
 )  # fmt: skip
 def test_a_description_that_does_not_fit_is_refused(
@@ -163,7 +164,7 @@ def test_a_description_that_does_not_fit_is_refused(
         seed.register([arena.region()])
         description = json.dumps({**told(seed), field: value}).encode()
         with pytest.raises(SourceUnreachable, match=problem):
-            reader.connect(description, "source")
+            reader.connect(description, "source", SOON)
 
 
 def test_descriptors_that_are_handed_out_cannot_be_written(seed: LocalTransport) -> None:
@@ -171,7 +172,7 @@ def test_descriptors_that_are_handed_out_cannot_be_written(seed: LocalTransport)
         seed.register([arena.region()])
         description = told(seed)
         connection = Connection(str(description["socket"]), str(description["token"]), SOON)
-        (fd,) = connection.receive().values()
+        (fd,) = connection.receive({0}).values()
         with pytest.raises(OSError, match="Permission denied"):
             mmap.mmap(fd, 4096)
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -196,7 +197,7 @@ def test_a_memfd_that_could_shrink_is_never_mapped(seed: LocalTransport, reader:
     with Arena(4096) as arena:
         here = arena.allocate(5)
         reader.register([arena.region()])
-        reader.read(reader.connect(seed.describe(), "source"), block(address, here, 5), SOON)
+        reader.read(reader.connect(seed.describe(), "source", SOON), block(address, here, 5), SOON)
         assert arena.read(here, 5) == b"hello"
     os.close(fd)
 
@@ -216,7 +217,7 @@ def test_a_reader_trusts_no_seed_about_seals(reader: LocalTransport) -> None:
     with Arena(1 << 20) as arena:
         here = arena.allocate(1 << 20)
         reader.register([arena.region()])
-        peer = reader.connect(description.encode(), "source")
+        peer = reader.connect(encode(description), "source", SOON)
         assert mapped_nbytes("unsealed") == before
         reader.read(peer, block(address, here, 1 << 20), SOON)
         os.ftruncate(fd, 0)
@@ -235,7 +236,7 @@ def test_a_descriptor_that_means_another_file_by_now_is_not_handed_out(seed: Loc
     secret = os.open("/dev/zero", os.O_RDONLY)
     assert secret == number, "the test needs the number to be used again"
     connection = Connection(str(description["socket"]), str(description["token"]), SOON)
-    assert connection.receive() == {}
+    assert connection.receive(range(10)) == {}
     connection.close()
     os.close(secret)
 
@@ -252,7 +253,7 @@ def test_regions_whose_memfd_was_closed_are_forgotten(seed: LocalTransport, read
         with Arena(4096) as ours:
             here = ours.allocate(7)
             reader.register([ours.region()])
-            reader.read(reader.connect(seed.describe(), "source"), block(address, here, 7), SOON)
+            reader.read(reader.connect(seed.describe(), "source", SOON), block(address, here, 7), SOON)
             assert ours.read(here, 7) == b"weights"
 
 
@@ -265,7 +266,7 @@ def test_a_region_that_is_gone_keeps_nobody_from_the_others(seed: LocalTransport
         kept.write(there, b"here")
         seed.register([Region(gone, mmap.PAGESIZE), kept.region()])
         reader.register([landing.region()])
-        peer = reader.connect(seed.describe(), "source")
+        peer = reader.connect(seed.describe(), "source", SOON)
         reader.read(peer, block(there, here, 4), SOON)
         assert landing.read(here, 4) == b"here"
         with pytest.raises(SourceLost):
@@ -278,7 +279,7 @@ def test_readers_see_what_the_memory_holds_now(seed: LocalTransport, reader: Loc
         address, here = arena.allocate(3), ours.allocate(3)
         seed.register([arena.region()])
         reader.register([ours.region()])
-        peer = reader.connect(seed.describe(), "source")
+        peer = reader.connect(seed.describe(), "source", SOON)
         for text in (b"old", b"new"):
             arena.write(address, text)
             reader.read(peer, block(address, here, 3), SOON)
@@ -294,7 +295,7 @@ def test_huge_pages_are_read_as_well(reader: LocalTransport) -> None:
     with SourceProcess("local", [5 << 20, 77], memory="huge") as source, Arena(6 << 20) as arena:
         here = arena.allocate(5 << 20)
         reader.register([arena.region()])
-        reader.read(reader.connect(source.description, "source"), block(source.address[0], here, 5 << 20), SOON)
+        reader.read(reader.connect(source.description, "source", SOON), block(source.address[0], here, 5 << 20), SOON)
         assert arena.read(here, 5 << 20) == content(0, 5 << 20).tobytes()
 
 

@@ -101,7 +101,7 @@ def test_a_file_lands_on_the_device_in_bounded_pieces(tmp_path: Path) -> None:
     with Arena(nbytes) as arena:
         here = arena.allocate(nbytes)
         through.register([replace(arena.region(), device=DEVICE, fd=-1)])
-        peer = through.connect(files.encode(), "disk")
+        peer = through.connect(files.encode(), "disk", Deadline.after(20))
         through.read(peer, strided(files.base[0], here, nbytes, [], [], []), Deadline.after(20))
         assert arena.read(here, nbytes) == content(0, nbytes).tobytes()
         assert sum(landing.copied) == nbytes
@@ -117,7 +117,7 @@ def test_destinations_on_host_and_device_in_one_batch() -> None:
     with Arena(8192) as near, Arena(8192) as far:
         a, b = near.allocate(100), far.allocate(100)
         through.register([near.region(), replace(far.region(), device=DEVICE, fd=-1)])
-        peer = through.connect(source.description, "source")
+        peer = through.connect(source.description, "source", Deadline.after(20))
         src = source.address[0]
         through.read(
             peer, Batch.joined(strided(src, b, 100, [], [], []), strided(src + 100, a, 100, [], [], [])), Deadline.after(5)
@@ -147,7 +147,7 @@ def test_who_waits_for_room_waits_no_longer_than_the_deadline() -> None:
     with Arena(8192) as far:
         at = far.allocate(4096)
         through.register([replace(far.region(), device=DEVICE, fd=-1)])
-        peer = through.connect(source.description, "source")
+        peer = through.connect(source.description, "source", Deadline.after(20))
         batch = strided(source.address[0], at, 16, [], [], [])
         readers = [threading.Thread(target=through.read, args=(peer, batch, Deadline.after(20))) for _ in range(2)]
         for reader in readers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from peerload.bare import BareRank
 from peerload.batch import Batch
 from peerload.deadline import Deadline
-from peerload.errors import DeadlineExceeded, SourceLost, SourceStale, SourceUnreachable
+from peerload.errors import DeadlineExceeded, SourceError, SourceLost, SourceStale, SourceUnreachable
 from peerload.lower import lower
 from peerload.manifest import FENCE_NBYTES, Binding, Endpoint, Offer, Parallel, SourceId
 from peerload.memory import Arena
@@ -23,6 +25,7 @@ from peerload.testing.layouts import layout, llama
 from peerload.transfer import Reader, fence
 from peerload.transport.base import Limits
 from peerload.transport.faulty import Faults, Faulty
+from peerload.transport.files import FileSet, FilesTransport
 from peerload.transport.memory import MemoryTransport
 
 MODEL = llama(name="small", hidden=64, inter=160, heads=8, kv_heads=4, head=8, layers=3, vocabulary=200)
@@ -56,10 +59,12 @@ class Room:
         self.stack.callback(bare.arena.close)
         return bare
 
-    def reader(self, faults: Faults | None = None, limits: Limits = SMALL_BATCHES, staging_nbytes: int = 0) -> Reader:
+    def reader(
+        self, faults: Faults | None = None, limits: Limits = SMALL_BATCHES, staging_nbytes: int = 0, keep_unfenced: bool = False
+    ) -> Reader:
         transport = Faulty(self.here, faults or Faults(source="nobody"))
         transport.limits = limits
-        reader = self.stack.enter_context(Reader({"memory": transport}, staging_nbytes))
+        reader = self.stack.enter_context(Reader({"memory": transport}, staging_nbytes, keep_unfenced=keep_unfenced))
         self.here.register([self.target.arena.region(), *reader.regions()])
         return reader
 
@@ -107,14 +112,25 @@ def _written(plan: Plan, room: Room, rows: list[int]) -> set[int]:
     return cells
 
 
-def test_what_a_lost_source_gave_before_is_kept(stack: ExitStack) -> None:
+def test_what_a_lost_source_gave_before_is_kept_if_it_will_be_verified(stack: ExitStack) -> None:
     room = Room(stack, ("a",))
     plan = room.plan()
-    outcome = room.reader(Faults(source="a/", lost_after_nbytes=plan.nbytes * 9 // 10)).read(plan, room.target.address, soon())
+    faults = Faults(source="a/", lost_after_nbytes=plan.nbytes * 9 // 10)
+    outcome = room.reader(faults, keep_unfenced=True).read(plan, room.target.address, soon())
     (error,) = outcome.failures.values()
     assert isinstance(error, SourceLost)
     left = plan.rest(outcome.undone).nbytes
     assert 0 < left < 0.3 * plan.nbytes
+
+
+def test_what_a_lost_source_gave_before_is_dropped_if_nothing_will_prove_it(stack: ExitStack) -> None:
+    """Its weights may have changed before it died: its closing fence was never read."""
+    room = Room(stack, ("a", "b"))
+    plan = room.plan()
+    outcome = room.reader(Faults(source="a/", lost_after_nbytes=plan.nbytes * 2 // 5)).read(plan, room.target.address, soon())
+    assert [error.source for error in outcome.failures.values()] == ["a/rank 0"]
+    assert set(np.flatnonzero(plan.offer == 0).tolist()) == set(outcome.undone.tolist())
+    assert outcome.wire_nbytes == plan.rest(np.flatnonzero(plan.offer == 1)).nbytes
 
 
 def test_a_source_whose_fence_falls_while_it_is_read_gave_nothing(stack: ExitStack) -> None:
@@ -179,7 +195,91 @@ def test_no_common_transport_is_said(stack: ExitStack) -> None:
     binding = replace(room.offers[0].binding, endpoints=(Endpoint("pigeons", b""),))
     plan = make_plan(room.target.layout, [Offer(room.offers[0].layout, binding)])
     (error,) = room.reader().read(plan, room.target.address, soon()).failures.values()
-    assert "it offers pigeons, here is memory" in error.message
+    assert "it offers pigeons; from a peer this process uses memory" in error.message
+
+
+HOSTILE: dict[str, tuple[dict[str, object], str]] = {
+    "a generation that is not hexadecimal": ({"generation": "not-hex-0"}, "32 hexadecimal digits"),
+    "a generation that is too long": ({"generation": "ab" * 40}, "32 hexadecimal digits"),
+    "a generation outside ASCII": ({"generation": "\u0663" * 32}, "32 hexadecimal digits"),
+    "no fence": ({"fence_address": 0}, "no fence"),
+    "a fence outside its memory": ({"fence_address": 1 << 62}, "no single region"),
+    "a fence at the end of all memory": ({"fence_address": (1 << 63) - 1}, "no single region"),
+    "addresses outside its memory": ({"address": 1 << 59}, "no single region"),
+    "addresses at the end of all memory": ({"address": (1 << 63) - 1}, "no single region"),
+    "addresses of zero": ({"address": 0}, "no single region"),
+    "no endpoints": ({"endpoints": ()}, "no transport"),
+    "an endpoint that makes no sense": ({"endpoints": (Endpoint("memory", b"\xff"),)}, "not in this process"),
+    "an endpoint of files": ({"endpoints": (Endpoint("files", b"{}"),)}, "from a peer this process uses memory"),
+}
+
+
+@pytest.mark.parametrize("strided", [True, False])
+@pytest.mark.parametrize(("changes", "problem"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_peer_that_announces_nonsense_fails_alone(
+    stack: ExitStack, changes: dict[str, object], problem: str, strided: bool
+) -> None:
+    room = Room(stack, ("a", "b"))
+    offer = room.offers[0]
+    changes = dict(changes)
+    generation = str(changes.pop("generation", GENERATION))
+    if "address" in changes:
+        changes["address"] = np.full(len(offer.binding.address), changes["address"])
+    binding = replace(offer.binding, source=SourceId("a", 0, generation), **changes)  # type: ignore[arg-type]
+    plan = make_plan(room.target.layout, [Offer(offer.layout, binding), room.offers[1]], salt="x")
+    limits = replace(SMALL_BATCHES, strided=strided)
+    outcome = room.reader(limits=limits, staging_nbytes=1 << 20).read(plan, room.target.address, soon())
+    (error,) = outcome.failures.values()
+    assert isinstance(error, SourceError)
+    assert error.source == "a/rank 0"
+    assert problem in error.message
+    assert set(plan.offer[outcome.undone].tolist()) == {0}
+
+
+def test_a_file_that_a_peer_names_is_never_opened(stack: ExitStack, tmp_path: Path) -> None:
+    """Only this process's own reserve is read from disk, whatever name a peer gives itself."""
+    room = Room(stack, ())
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(room.target.arena.used_nbytes))
+    files = FileSet.of([secret])
+    layout_ = room.target.layout
+    address = np.cumsum(layout_.buffer_nbytes) - layout_.buffer_nbytes + files.base[0]
+    transport = stack.enter_context(closing(FilesTransport(threads=1)))
+    binding = Binding(SourceId("disk", 0, GENERATION), address, (Endpoint("files", files.encode()),))
+    mine, theirs = Offer(layout_, binding), Offer(layout_, replace(binding))
+    reader = stack.enter_context(Reader({"files": transport}, 0, reserve=[mine], keep_unfenced=True))
+    transport.register([room.target.arena.region(), *reader.regions()])
+    os.utime(secret, ns=(1, files.mtime_ns[0]))
+    before = secret.stat().st_atime_ns
+    (error,) = reader.read(make_plan(layout_, [theirs]), room.target.address, soon()).failures.values()
+    assert "it offers files; from a peer this process uses none" in error.message
+    assert secret.stat().st_atime_ns == before
+    assert not reader.read(make_plan(layout_, [], reserve=[mine]), room.target.address, soon()).failures
+
+
+class Wedged(MemoryTransport):
+    """Sources whose names begin with w don't answer."""
+
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        if source.startswith("w"):
+            time.sleep(deadline.remaining_s)
+            raise SourceUnreachable(source, "it does not answer")
+        return super().connect(description, source, deadline)
+
+
+def test_sources_that_do_not_answer_are_waited_for_all_at_once(stack: ExitStack) -> None:
+    room = Room(stack, ("w0", "w1", "w2", "w3", "w4", "b"))
+    transport = Wedged(room.hall)
+    reader = stack.enter_context(Reader({"memory": transport}, 0, stall_s=1.0))
+    transport.register([room.target.arena.region(), *reader.regions()])
+    began: list[float] = []
+    begun_s = time.monotonic()
+    outcome = reader.read(room.plan(), room.target.address, soon(), lambda _: began.append(time.monotonic() - begun_s))
+    assert len(outcome.failures) == 5
+    assert time.monotonic() - begun_s < 3.0
+    assert began[0] < 0.9, "who answers is read while others are waited for"
+    with pytest.raises(DeadlineExceeded, match="connecting to w"):
+        stack.enter_context(Reader({"memory": transport}, 0)).read(room.plan(), room.target.address, Deadline.after(0.2))
 
 
 def test_a_strided_transport_needs_no_staging_memory(stack: ExitStack) -> None:

@@ -5,7 +5,7 @@ commits and generates. The same target is then loaded from disk by the engine it
 Examples:
   peerload demo
   peerload demo --seed-tp 4 --target-tp 2
-  peerload demo --model /models/my-llama --transport nixl
+  peerload demo --model /models/my-llama --transport nixl --interface lo
 
 """
 
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=16, metavar="N", help="tokens to generate for each prompt (default: %(default)s)"
     )
-    add_config(parser, "transport", "registration", "attach", "verify", "match")
+    add_config(parser, "transport", "interface", "registration", "attach", "verify", "match")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

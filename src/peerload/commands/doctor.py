@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..config import Config
 from ..console import Console
 from ..cuda import driver
 from ..errors import HostError, PeerloadError
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     transports = _transports()
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", _packages), ("host", _host), ("shared memory", _shared_memory), ("devices", _devices),
+        ("open doors", lambda: _doors(config_of(args))),
     ]  # fmt: skip
     if not args.fast:
         checks.append(("memcpy", _memcpy))
@@ -183,6 +185,18 @@ def _transports() -> list[Finding]:
     for name in (*FACTORIES, *GPU_FACTORIES):
         found += _carefully(f"transport {name}", lambda name=name: one(name))  # type: ignore[misc]
     return found
+
+
+def _doors(config: Config) -> Iterator[Finding]:
+    """Who can reach the weights of an instance with this configuration."""
+    if config.transport == "nixl":
+        text = (
+            f"transport nixl: every process that reaches {config.interface or '(no interface named)'} can read and overwrite them"
+        )
+        yield Finding("open doors", "note", text, "name an interface that only trusted machines reach, or set transport to auto")
+    else:
+        text = f"none to other hosts (transport {config.transport}); processes of the same user on this host can read them"
+        yield Finding("open doors", "ok", text)
 
 
 def _devices() -> Iterator[Finding]:

@@ -10,9 +10,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,30 +57,47 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """One engine and one model. folder: of cached layouts, None to always ask the engine."""
+    """One engine and one model. folder: of cached layouts, None to always ask the engine. arguments: the engine's own. platform:
+    as for `engines.vllm.trace_layout`."""
 
     name: str
     files: ModelFiles
     checkpoint: Checkpoint | None
     folder: Path | None
     layers: int | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    platform: str = "auto"
 
     @classmethod
-    def of(cls, name: str, model: Path, cache: str, layers: int | None = None) -> Engine:
-        """model: a directory or the path of a config.json. cache: a folder, "off", or empty for the default one. layers: cut the
-        model down to so many. Doesn't import the engine yet. Raises ConfigError when the engine isn't here or there is no such
-        model."""
+    def of(cls, args: argparse.Namespace, layers: int | None = None) -> Engine:
+        """args: `--model`, a directory or the path of a config.json, and those of `add_engine`. layers: cut the model down to so
+        many. Doesn't import the engine yet. Raises ConfigError when the engine isn't here, when there is no such model or its
+        weights are no safetensors files, and for options that this engine doesn't have."""
+        name, model, cache = args.engine, args.model, args.cache
+        arguments = dict(map(_argument, args.engine_arg))
         distributions, next_step = ENGINES[name]
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{distributions[0]} is not installed in this environment", next_step=next_step)
-        from ..engines.checkpoint import Checkpoint, ModelFiles
+        if arguments and name == "transformers":
+            raise ConfigError(f"--engine-arg {next(iter(arguments))}: transformers has no arguments that change a layout")
+        if args.platform != "auto" and name != "vllm":
+            raise ConfigError(
+                f"--platform {args.platform}: {name}'s layouts are those of this host's platform",
+                next_step="leave --platform out, or ask on a GPU host",
+            )
+        from ..engines.checkpoint import Checkpoint, ModelFiles, refuse_other_formats
 
+        if model.is_dir():
+            refuse_other_formats(model)
         stored = model.is_dir() and any(model.glob("*.safetensors"))
         folder = None if cache == "off" else Path(cache) if cache else cache_folder()
         files, checkpoint = ModelFiles.of(model), Checkpoint.open(model) if stored else None
+        if arguments.get("trust_remote_code") and model.is_dir():
+            code = {path.name: path.read_bytes() for path in sorted(model.glob("*.py"))}
+            files = ModelFiles({**files.contents, **code})
         if layers is not None:
             files = _cut(files, layers)
-        return cls(name, files, checkpoint, folder, layers)
+        return cls(name, files, checkpoint, folder, layers, arguments, args.platform)
 
     def start(self) -> None:
         """Import the engine. Raises ConfigError when that fails."""
@@ -131,19 +148,27 @@ class Engine:
 
         if self.name == "transformers":
             return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
-        traced = self._module("").trace_layout(self.files, parallel, rank, catalog=self.catalog)
-        return Kept(traced.layout, {name: d.reason for name, d in traced.derived.items()}, traced.made, traced.hidden)
+        traced = self._module("").trace_layout(self.files, parallel, rank, catalog=self.catalog, **self._asked)
+        reasons, covers = ({name: getattr(d, what) for name, d in traced.derived.items()} for what in ("reason", "covers"))
+        return Kept(traced.layout, reasons, traced.made, traced.hidden, covers)
 
-    def probe(self, parallel: Parallel, rank: int, *, processed: bool, bits: int | None = None) -> Probed:
+    @property
+    def _asked(self) -> dict[str, object]:
+        """What both of an engine's functions are told."""
+        return {"arguments": self.arguments} | ({"platform": self.platform} if self.name == "vllm" else {})
+
+    def probe(
+        self, parallel: Parallel, rank: int, *, processed: bool, bits: int | None = None, groups: Sequence[frozenset[str]] = ()
+    ) -> Probed:
         """By loading coded values into the engine's real model, which must fit into memory. bits: of packed numbers, to follow
-        these one by one. Never cached."""
+        these one by one. groups: as in `layout.probe`. Never cached."""
         with redirect_stdout(sys.stderr):
             if self.name == "transformers":
                 found: Probed = self._module("_probe").probe_layout(self.files, parallel, rank, self.catalog, bits=bits)
             else:
                 found = self._module("").probe_layout(
-                    self.files, parallel, rank, catalog=self.catalog, processed=processed, bits=bits
-                )  # fmt: skip
+                    self.files, parallel, rank, catalog=self.catalog, processed=processed, bits=bits, groups=groups, **self._asked
+                )
         return found
 
     @cached_property
@@ -159,7 +184,8 @@ class Engine:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         model = model_digest(self.files.contents["config.json"], self.catalog)
         return LayoutKey(
-            self.name, self.version, tracer_digest(), model, str(method or ""), parallel, rank, device_capability()
+            self.name, self.version, tracer_digest(), model, str(method or ""), parallel, rank, device_capability(),
+            self.platform, json.dumps(self.arguments, sort_keys=True),
         )  # fmt: skip
 
     def _module(self, suffix: str) -> ModuleType:
@@ -194,6 +220,18 @@ def _cut(files: ModelFiles, layers: int) -> ModelFiles:
     return ModelFiles({**files.contents, "config.json": text})
 
 
+def _argument(text: str) -> tuple[str, object]:
+    """`KEY=VALUE` of `--engine-arg`, the value as JSON if it is that, else as it stands."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"--engine-arg {text}: must be KEY=VALUE", next_step="as in --engine-arg trust_remote_code=true")
+    try:
+        parsed: object = json.loads(value)
+    except ValueError:
+        parsed = value
+    return key.lstrip("-").replace("-", "_"), parsed
+
+
 def _layer(name: str) -> int:
     """The layer that a tensor belongs to; 0 for those of none."""
     found = _IN_LAYER.search(name)
@@ -201,10 +239,19 @@ def _layer(name: str) -> int:
 
 
 def add_engine(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """`--engine` and `--cache`."""
+    """`--engine`, its arguments and platform, and `--cache`."""
     parser.add_argument(
         "--engine", choices=tuple(ENGINES), default=default, required=default is None,
         help="whose layouts" + (f" (default: {default})" if default else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine-arg", action="append", default=[], metavar="KEY=VALUE",
+        help="an argument of the engine's own, its value as JSON: trust_remote_code=true, hf_overrides={...}; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--platform", choices=("auto", "cuda"), default="auto",
+        help="cuda: as vLLM builds models on a CUDA host; auto: as on this host, or on a CUDA host if it can't build them here "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--cache", default="", metavar="DIR|off",

@@ -5,6 +5,7 @@ Examples:
   peerload layout --engine vllm --model /models/my-llama --tp 2
   peerload layout --engine sglang --model /models/my-moe --tp 8 --ep 8 --rank 3 --tensors '*.layers.0.*'
   peerload layout --engine vllm --model config.json --tp 2 --layers 2 --probe
+  peerload layout --engine vllm --model /models/remote --tp 2 --engine-arg trust_remote_code=true --platform cuda
 
 With --probe the engine's real load is run too, several times and in memory, on values that say where they come from: the two
 must agree on every element, or the exit status is 3 and the differences are named. It also tells what the engine's
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     size = parallel.tp * parallel.pp
     if args.rank is not None and not 0 <= args.rank < size:
         raise ConfigError(f"--rank is {args.rank}, {parallel} has ranks 0 to {size - 1}")
-    engine = Engine.of(args.engine, args.model, args.cache, args.layers)
+    engine = Engine.of(args, args.layers)
     ranks: list[dict[str, object]] = []
     differences: list[str] = []
     for rank in range(size) if args.rank is None else [args.rank]:
@@ -149,10 +150,12 @@ def regions(answer: Answer) -> Iterator[Region]:
 def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: int | None) -> Verdict:
     from ..layout.agree import agree
     from ..layout.decoded import told_boxes
-    from ..layout.probe import changes
+    from ..layout.probe import changes, groups_of
 
-    loaded = engine.probe(parallel, rank, processed=False, bits=bits)
-    found = agree(answer.layout, loaded)
+    covers = {name: c for name, c in answer.kept.covers.items() if name.rpartition(" as ")[0] not in engine.catalog.row}
+    groups = () if bits else groups_of(covers.values())
+    loaded = engine.probe(parallel, rank, processed=False, bits=bits, groups=groups)
+    found = agree(answer.layout, loaded, covers)
     wrong = {d.partition(": ")[0] for d in found}
     agreed = sum(name not in wrong for name in answer.layout.buffer_names)
     if not engine.post_processes:

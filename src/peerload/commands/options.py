@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Final
 
 from ..config import KEYS, Config
 from ..errors import ConfigError
 from ..manifest import Parallel
+
+#: Ranks of one instance that a command lays out; a seed or a pull runs each on a thread.
+MOST_RANKS: Final = 1024
+_NUMBER: Final = re.compile("[0-9]{1,9}")
 
 
 def add_config(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -38,7 +44,7 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
 def parallel_of(args: argparse.Namespace) -> Parallel:
     if min(args.tp, args.pp, args.ep) < 1:
         raise ConfigError("--tp, --pp and --ep must be at least 1")
-    return Parallel(args.tp, args.pp, args.ep)
+    return _bounded(Parallel(args.tp, args.pp, args.ep))
 
 
 def parse_parallel(text: str) -> Parallel:
@@ -46,7 +52,13 @@ def parse_parallel(text: str) -> Parallel:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in ("tp", "pp", "ep") or not value.isdigit() or int(value) < 1 or name in sizes:
+        if name not in ("tp", "pp", "ep") or not _NUMBER.fullmatch(value) or int(value) < 1 or name in sizes:
             raise ConfigError(f"{text!r} is no parallel layout", next_step="write it as in tp=4 or tp=8,ep=8")
         sizes[name] = int(value)
-    return Parallel(**sizes)
+    return _bounded(Parallel(**sizes))
+
+
+def _bounded(parallel: Parallel) -> Parallel:
+    if parallel.tp * parallel.pp > MOST_RANKS or parallel.ep > MOST_RANKS:
+        raise ConfigError(f"{parallel} has too many ranks, at most {MOST_RANKS} are possible")
+    return parallel

@@ -173,7 +173,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _lay_out(args: argparse.Namespace, ask: _Ask, advance: Callable[[], None]) -> tuple[list[Offer], list[tuple[Layout, float]]]:
     """The offers of every source rank, and each target rank's layout with the seconds it took."""
     offers: list[Offer] = []
-    engine = Engine.of(args.engine, args.model, args.cache)
+    engine = Engine.of(args)
     with _timed(ask, "import"):
         engine.start()
     with _timed(ask, "catalog"):

@@ -17,6 +17,7 @@ import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from ..console import Console
 from ..deadline import Deadline
@@ -24,6 +25,10 @@ from ..errors import ConfigError, SourcesExhausted, VerifyError
 from ..manifest import ModelKey
 from ..rpc.client import CoordinatorClient
 from .options import add_config, add_parallel, config_of, parallel_of
+from .ranks import layouts_of
+
+#: What the coordinator may take to answer, seconds.
+ANSWER_S: Final = 10.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,36 +37,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where to write rank-RRRRR-of-NNNNN.safetensors")
     add_parallel(parser)
     add_config(
-        parser, "url", "revision", "transport", "registration", "match", "verify", "wait_s", "deadline_s", "staging_bytes",
-        "threads",
+        parser, "url", "revision", "transport", "interface", "registration", "match", "verify", "wait_s", "deadline_s",
+        "staging_bytes", "threads",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from ..bare import bare_ranks
     from ..engines.checkpoint import ModelFiles
-    from ..engines.shards import write_rank
-    from ..engines.transformers import layout_for
+    from ..engines.shards import writable, write_rank
     from ..load import Member
 
     config, parallel = config_of(args, fallback="fail"), parallel_of(args)
+    deadline = Deadline.after(config.deadline_s)
     size = parallel.tp * parallel.pp
     if args.rank is not None and not 0 <= args.rank < size:
         raise ConfigError(f"--rank is {args.rank}, {parallel} has ranks 0 to {size - 1}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    writable(args.out)
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(config.url))
-        model = _resolve(client, args.model, config.revision, config.wait_s)
-        offers = client.discover(model)
+        model = _resolve(client, args.model, config.revision, deadline.within(config.wait_s), deadline)
+        offers = client.discover(model, deadline.within(ANSWER_S))
         if not offers:
             raise SourcesExhausted(
                 f"the last seed of {model} has just left", next_step="start a seed, or wait for one with --wait-s"
             )
-        catalog, files = offers[0].layout.catalog, ModelFiles(client.discover_files(model))
+        catalog = offers[0].layout.catalog
         wanted = range(size) if args.rank is None else [args.rank]
-        layouts = [layout_for(files, parallel, rank, catalog) for rank in wanted]
+        try:
+            files = ModelFiles(client.discover_files(model, deadline.within(ANSWER_S)))
+            layouts = layouts_of(files, parallel, wanted, catalog, deadline, console)
+        except ConfigError as error:
+            raise ConfigError(
+                f"what the seeds of {model} publish can't be used: {error.message}", next_step=error.next_step
+            ) from error
         member = Member(f"pull-{uuid.uuid4().hex[:6]}", size=1 if args.rank is not None else size, launch=uuid.uuid4().hex)
         show = stack.enter_context(console.rank_progress())
+        config = config.replace(deadline_s=deadline.remaining_s)
         ranks = stack.enter_context(bare_ranks(layouts, model, member, config, client, on_bytes=show))
         paths = [write_rank(args.out, rank, size) for rank, _ in ranks]
     receipts = [receipt for _, receipt in ranks]
@@ -85,19 +97,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return VerifyError.exit_code if unproven and config.verifies and args.rank is None else 0
 
 
-def _resolve(client: CoordinatorClient, name: str, revision: str, wait_s: float) -> ModelKey:
-    """The model of that name, whatever its revision if there is only one. Waits up to `wait_s` for a seed of it."""
+def _resolve(client: CoordinatorClient, name: str, revision: str, patience: Deadline, deadline: Deadline) -> ModelKey:
+    """The model of that name, whatever its revision if there is only one. Waits for a seed of it while there is `patience`."""
 
-    def found() -> list[ModelKey]:
-        held = {h.model for h in client.status().holdings if h.model.name == name}
-        return sorted(m for m in held if not revision or m.revision == revision)
+    def offered() -> list[ModelKey]:
+        return sorted({h.model for h in client.status(deadline.within(ANSWER_S)).holdings})
 
-    deadline, models = Deadline.after(wait_s), found()
-    while not models and deadline.remaining_s > 0:
+    def wanted(models: list[ModelKey]) -> list[ModelKey]:
+        return [m for m in models if m.name == name and (not revision or m.revision == revision)]
+
+    models = wanted(all_of_them := offered())
+    while not models and patience.remaining_s > 0:
         time.sleep(0.2)
-        models = found()
+        models = wanted(all_of_them := offered())
     if not models:
-        known = ", ".join(sorted({str(h.model) for h in client.status().holdings})) or "nothing"
+        known = ", ".join(map(str, all_of_them)) or "nothing"
         raise SourcesExhausted(
             f"nobody offers {name}{'@' + revision if revision else ''} at coordinator {client.url}, which knows {known}",
             next_step="start a seed, or wait for one with --wait-s",

@@ -1,5 +1,6 @@
 """Serve a checkpoint's weights from memory, without an engine: each rank of the given layout is loaded (from running seeds if
-there are any, else from disk) and offered until Ctrl-C. What a rank holds follows from the model's own parallel plan.
+there are any, else from disk) and offered until Ctrl-C. What a rank holds follows from the model's own parallel plan. If another
+process takes the place of a rank, the seed ends with status 1.
 
 Example:
   peerload seed --checkpoint /models/my-llama --tp 2 --url coordinator:7070
@@ -14,8 +15,10 @@ from contextlib import ExitStack
 from queue import SimpleQueue
 
 from ..console import Console
+from ..deadline import Deadline
 from ..errors import LeaseSuperseded
 from .options import add_config, add_parallel, config_of, parallel_of
+from .ranks import layouts_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,38 +26,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", default="", metavar="NAME", help="name of this instance (default: seed- and random digits)")
     add_parallel(parser)
     add_config(
-        parser, "url", "model_name", "revision", "transport", "registration", "match", "verify", "fallback", "wait_s",
-        "deadline_s", "threads",
+        parser, "url", "model_name", "revision", "transport", "interface", "registration", "match", "verify", "fallback",
+        "wait_s", "deadline_s", "threads",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from ..bare import bare_ranks
     from ..engines.checkpoint import Checkpoint, ModelFiles
-    from ..engines.transformers import layout_for
     from ..load import Member
     from ..rpc.client import CoordinatorClient
     from ..seed import Seed
     from ..transport.registry import opened_transports
 
     config, parallel = config_of(args), parallel_of(args)
+    deadline = Deadline.after(config.deadline_s)
     checkpoint = Checkpoint.open(args.checkpoint)
     files = ModelFiles.of(args.checkpoint)
     model = checkpoint.key(config.model_name, config.revision)
     instance = args.instance or f"seed-{uuid.uuid4().hex[:6]}"
     size = parallel.tp * parallel.pp
     console.say(f"{instance}: working out what {size} ranks of {model} hold")
-    layouts = [layout_for(files, parallel, rank, checkpoint.catalog) for rank in range(size)]
+    layouts = layouts_of(files, parallel, range(size), checkpoint.catalog, deadline, console)
+    ended: SimpleQueue[LeaseSuperseded] = SimpleQueue()
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(config.url))
         show = stack.enter_context(console.rank_progress())
         member = Member(instance, size=size, launch=uuid.uuid4().hex)
-        loading = bare_ranks(layouts, model, member, config, client, reserve=[checkpoint.offer()], on_bytes=show)
+        timed = config.replace(deadline_s=deadline.remaining_s)
+        loading = bare_ranks(layouts, model, member, timed, client, reserve=[checkpoint.offer()], on_bytes=show)
         ranks = stack.enter_context(loading)
         serving = stack.enter_context(opened_transports(config))
         for transport in serving.values():
             transport.register([region for rank, _ in ranks for region in rank.regions(config.registration)])
-        ended: SimpleQueue[LeaseSuperseded] = SimpleQueue()
         for rank, receipt in ranks:
             stack.enter_context(
                 Seed(
@@ -75,9 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                     "receipts": [r.to_dict() for _, r in ranks],
                 }
             )
-            error = ended.get()
+            raise ended.get()
         except KeyboardInterrupt:
             console.say(f"{instance}: withdrawing")
             return 0
-        console.say(f"{instance} ends: {error.message}")
-        return error.exit_code

@@ -1,8 +1,7 @@
 """A safetensors directory as a seed: whole tensors, TP=1, whose buffers are the data parts of the files.
 
-Only headers are read here (https://github.com/huggingface/safetensors: 8 bytes of little-endian length, that many bytes
-of JSON, data). Weight bytes are read by the `files` transport, at addresses of a made-up space in which the files stand
-one behind the other.
+Only headers are read here. Weight bytes are read by the `files` transport, at addresses of a made-up space in which the files
+stand one behind the other.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,15 +22,19 @@ import numpy as np
 
 from ..errors import ConfigError, ManifestError
 from ..geometry import Box, IntArray
-from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId, TensorSpec
+from ..manifest import ITEMSIZE, Binding, Catalog, Endpoint, Layout, ModelKey, Offer, Piece, Pieces, SourceId
 from ..transport.files import FileSet
+from .header import Stored, read_header, tensors_in
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 #: The small files of a model directory that a seed passes on; config.json alone is required. Tokenizers can be many megabytes,
 #: and nobody needs one to lay out a model.
 PUBLISHED: Final = ("config.json", "generation_config.json")
-_MOST_HEADER_NBYTES: Final = 100_000_000  # as the safetensors library limits it
+#: Suffixes of files that hold weights in some format, and files with such a suffix that hold none.
+_WEIGHTS: Final = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_NO_WEIGHTS: Final = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt")
+_MISTRAL: Final = "params.json"
 _REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # as the Hub calls a model
 _SAMPLES: Final = 16
 _SAMPLE_NBYTES: Final = 4096
@@ -60,7 +63,7 @@ class ModelFiles:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such model directory or config.json")
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{path}: has no config.json", next_step="give a Hugging Face model directory")
+            raise _not_this_format(path, "has no config.json")
         return cls({name: _read(path / name) for name in PUBLISHED if (path / name).is_file()})
 
     @property
@@ -70,7 +73,7 @@ class ModelFiles:
             parsed: dict[str, object] = json.loads(self.contents["config.json"])
         except KeyError:
             raise ConfigError("the model's files lack config.json") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config.json is not JSON: {error}") from error
         return parsed
 
@@ -78,15 +81,6 @@ class ModelFiles:
         """Into an existing directory."""
         for name, content in self.contents.items():
             (directory / Path(name).name).write_bytes(content)
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of a file: `offset` is the byte of the file's data part at which it begins."""
-
-    spec: TensorSpec
-    file: int
-    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +103,16 @@ class Checkpoint:
         contradicts itself, its file or the index."""
         directory = Path(directory)
         shards, index = _shards(directory)
-        files = FileSet.of(shards)
+        try:
+            files = FileSet.of(shards)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from error
         headers: list[bytes] = []
         tensors: list[Stored] = []
         for number, (path, nbytes) in enumerate(zip(shards, files.nbytes, strict=True)):
-            header = _header(path, nbytes)
+            header = read_header(path, nbytes)
             headers.append(header)
-            tensors += _tensors(path, header, number, nbytes)
+            tensors += tensors_in(header, path.name, number, nbytes)
         found = {t.spec.name: shards[t.file].name for t in tensors}
         for name, shard in index.items():
             if found.get(name) != shard:
@@ -212,6 +209,43 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
+def refuse_other_formats(directory: Path) -> None:
+    """Raise ConfigError for a model directory whose weights are there, but not as safetensors."""
+    if _weights_of(directory) and not any(directory.glob("*.safetensors")):
+        raise _not_this_format(directory, "holds no safetensors file")
+
+
+def _weights_of(directory: Path) -> list[str]:
+    """Files that look like weights, by name."""
+    return sorted(p.name for p in directory.iterdir() if p.suffix in _WEIGHTS and p.name not in _NO_WEIGHTS)
+
+
+def _not_this_format(directory: Path, problem: str) -> ConfigError:
+    """Says which weights are there instead, and what to do with them."""
+    found = _weights_of(directory)
+    has = f", but {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}" if found else ""
+    if (directory / _MISTRAL).is_file():
+        return ConfigError(
+            f"{directory}: {problem}{has}, and {_MISTRAL}: Mistral's own format, which is not supported",
+            next_step=f"take the model in Hugging Face's format: config.json, and {SINGLE} or its shards",
+        )
+    if any(name.endswith(".gguf") for name in found):
+        next_step = "take the model's safetensors files: GGUF is not supported"
+    elif found:
+        next_step = "save it as safetensors: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+    else:
+        next_step = "give a Hugging Face model directory, with config.json and safetensors files"
+    return ConfigError(f"{directory}: {problem}{has}", next_step=next_step)
+
+
+def _is_file(path: Path) -> bool:
+    """False also for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The files of a checkpoint in the order transformers looks for them, and the index's claims."""
     if not directory.is_dir():
@@ -219,45 +253,15 @@ def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE], {}
     if not (directory / INDEX).is_file():
-        raise ConfigError(f"{directory}: holds neither {SINGLE} nor {INDEX}", next_step="give a safetensors checkpoint directory")
+        raise _not_this_format(directory, f"holds neither {SINGLE} nor {INDEX}")
     try:
         index = json.loads(_read(directory / INDEX))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(INDEX, "is not JSON with a weight_map") from error
     if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
         raise ManifestError(f"{INDEX}.weight_map", "does not map tensors to files")
     shards = [directory / name for name in sorted(set(index.values()))]
     for path in shards:
-        if path.parent != directory or not path.is_file():
+        if path.parent != directory or not _is_file(path):
             raise ConfigError(f"{directory}: the index names {path.name}, which isn't there", next_step="download it again")
     return shards, index
-
-
-def _header(path: Path, size: int) -> bytes:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER_NBYTES):
-            raise ManifestError(path.name, f"is no safetensors file: a header of {length} bytes in {size}")
-        return stream.read(length)
-
-
-def _tensors(path: Path, header: bytes, file: int, size: int) -> Iterator[Stored]:
-    data = size - 8 - len(header)
-    try:
-        rows = json.loads(header)
-        entries = [
-            (name, row["dtype"], tuple(map(int, row["shape"])), *map(int, row["data_offsets"]))
-            for name, row in rows.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(path.name, f"has a header that can't be read: {error!r}") from error
-    for name, dtype, shape, begin, end in entries:
-        where = f"{path.name}[{name}]"
-        if dtype not in ITEMSIZE:
-            raise ManifestError(f"{where}.dtype", f"{dtype!r} is none of {', '.join(ITEMSIZE)}")
-        if not 0 <= begin <= end <= data:
-            raise ManifestError(f"{where}.data_offsets", f"[{begin}, {end}) lies outside the file's {data} bytes of data")
-        if end - begin != int(np.prod(shape, dtype=np.int64)) * ITEMSIZE[dtype]:
-            raise ManifestError(f"{where}.data_offsets", f"spans {end - begin} bytes, {dtype}{list(shape)} needs others")
-        yield Stored(TensorSpec(name, dtype, shape), file, begin)

@@ -7,7 +7,7 @@ in which the groups have a rank and a size and nothing else: a collective operat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +28,13 @@ from sglang.version import __version__
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError
+from ..layout.blame import told
 from ..layout.loader import Traced, trace_loader
 from ..layout.probe import Probed, probe
 from ..layout.reachable import reachable_tensors
 from ..manifest import Catalog, Parallel
 from .checkpoint import Checkpoint, ModelFiles
+from .twin import FAILURES, built, checked
 
 #: What this engine is called in layouts and reports.
 VERSION: Final = f"sglang {__version__}"
@@ -42,10 +44,12 @@ _TRANSFORMERS: Final = "sglang.srt.models.transformers"
 
 _UNSPLIT: Final = Parallel()
 
-#: What SGLang raises for models, quantizations and hosts that it doesn't support.
-_FAILURES: Final = (
-    ValueError, NotImplementedError, AssertionError, RuntimeError, AttributeError, TypeError, KeyError, ImportError,
-)  # fmt: skip
+#: Arguments of SGLang's that are said otherwise, and how.
+_OURS: Final = {
+    "model_path": "say it with --model", "tp_size": "say it with --tp", "pp_size": "say it with --pp",
+    "ep_size": "say it with --ep", "dp_size": "a layout is that of one data-parallel replica",
+    "device": "a layout is that of this host's device",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,13 @@ class _Group:
 
 
 @contextmanager
-def rank_of(directory: Path, parallel: Parallel, rank: int) -> Iterator[ModelConfig]:
+def rank_of(
+    directory: Path, parallel: Parallel, rank: int, arguments: Mapping[str, object] = MappingProxyType({})
+) -> Iterator[ModelConfig]:
     """SGLang's process-wide configuration, for as long as the block lasts, that of rank `rank` (tensor-parallel rank
-    fastest) of an instance of the model in `directory`. Yields the model's configuration. Not thread-safe."""
+    fastest) of an instance of the model in `directory`. Yields the model's configuration. arguments: more of SGLang's
+    `ServerArgs`. Not thread-safe."""
+    arguments = checked(VERSION, arguments, ServerArgs.__dataclass_fields__, _OURS)
     size = parallel.tp * parallel.pp
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below {size}")
@@ -91,18 +99,18 @@ def rank_of(directory: Path, parallel: Parallel, rank: int) -> Iterator[ModelCon
     runtime_context.reset_context()
     try:
         with _capability():
-            yield _configured(directory, parallel, rank)
+            yield _configured(directory, parallel, rank, arguments)
     finally:
         runtime_context.restore_context(before)
 
 
-def _configured(directory: Path, parallel: Parallel, rank: int) -> ModelConfig:
+def _configured(directory: Path, parallel: Parallel, rank: int, arguments: Mapping[str, object]) -> ModelConfig:
+    chosen = {"skip_tokenizer_init": True, "disable_radix_cache": True, **arguments}
     try:
-        arguments = ServerArgs(
-            model_path=str(directory), tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep, device=_device(),
-            skip_tokenizer_init=True, disable_radix_cache=True,
+        server = ServerArgs(
+            model_path=str(directory), tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep, device=_device(), **chosen
         )  # fmt: skip
-        runtime_context.publish(arguments, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
+        runtime_context.publish(server, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
         known, now = runtime_context._parallel_fields(), runtime_context.get_parallel()
         groups = {
             "world_group": _Group(parallel.tp * parallel.pp, rank),
@@ -116,26 +124,37 @@ def _configured(directory: Path, parallel: Parallel, rank: int) -> ModelConfig:
             "shared_experts_tp_group": _Group(parallel.tp, now.tp_rank),
         }
         now.override_permanently(**{name: group for name, group in groups.items() if name in known})
-        config = ModelConfig.from_server_args(arguments)
+        config = ModelConfig.from_server_args(server)
         if _device() == "cpu":  # heads and experts are padded there, where on a GPU heads would be replicated
             config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), parallel.tp)
-    except _FAILURES as error:
-        raise LayoutError(f"{VERSION} refuses this model at {parallel}: {error}") from error
+    except FAILURES as error:
+        next_step = "SGLang's arguments are given as --engine-arg KEY=VALUE, as in --engine-arg trust_remote_code=true"
+        raise LayoutError(
+            f"{VERSION} refuses this model at {parallel}: {' '.join(str(error).split()) or told(error)}",
+            next_step=next_step if any(word in str(error) for word in ("argument", "trust")) else "",
+        ) from error
     return config
 
 
 def build(config: ModelConfig, device: str = "meta") -> nn.Module:
-    """The model of the rank that `rank_of` is, its parameters not yet written. Raises LayoutError for what SGLang can't
-    build here."""
+    """The model of the rank that `rank_of` is, its parameters not yet written; on meta unless its constructor needs values.
+    Raises LayoutError for what SGLang can't build here."""
     load = LoadConfig()
-    try:
-        if get_model_architecture(config)[0].__module__ == _TRANSFORMERS:
-            device = _device()  # on meta, it replaces parameters by some that don't know how to be loaded
+
+    def make(device: str) -> nn.Module:
         quantization = loader._get_quantization_config(config, load)
         with set_default_torch_dtype(config.dtype), torch.device(device):
             return loader._initialize_model(config, load, quantization)
-    except _FAILURES as error:
-        raise LayoutError(f"{VERSION} can't build {config.hf_config.architectures} here: {error!r}") from error
+
+    try:
+        if get_model_architecture(config)[0].__module__ == _TRANSFORMERS:
+            device = _device()  # on meta, it replaces parameters by some that don't know how to be loaded
+        return built(make, VERSION) if device == "meta" else make(device)
+    except FAILURES as error:
+        raise LayoutError(
+            f"{VERSION} can't build {config.hf_config.architectures} here: {told(error)}",
+            next_step="" if torch.cuda.is_available() else "ask on a GPU host, whose kernels SGLang may need to build this model",
+        ) from error
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -148,14 +167,20 @@ def postprocess(model: nn.Module) -> None:
 
 
 def trace_layout(
-    model: str | Path | ModelFiles, parallel: Parallel = _UNSPLIT, rank: int = 0, catalog: Catalog | None = None
+    model: str | Path | ModelFiles,
+    parallel: Parallel = _UNSPLIT,
+    rank: int = 0,
+    catalog: Catalog | None = None,
+    *,
+    arguments: Mapping[str, object] = MappingProxyType({}),
 ) -> Traced:
     """What `rank` of an instance of this model holds after SGLang's `load_weights`. Needs no weights and no memory for them.
 
     model: a directory, or the files of one. catalog: the checkpoint's tensors, by default those of the directory's safetensors
-    files. Raises ConfigError for a split that SGLang doesn't have, LayoutError for what it can't build here or what can't be
-    followed. Not thread-safe: SGLang's process-wide configuration is borrowed, and put back."""
-    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank) as config:
+    files. arguments: more of SGLang's `ServerArgs`. Raises ConfigError for a split or an argument that SGLang doesn't have,
+    LayoutError for what it can't build here or what can't be followed. Not thread-safe: SGLang's process-wide configuration
+    is borrowed, and put back."""
+    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank, arguments) as config:
         twin = build(config)
         return trace_loader(twin, partial(load_weights, twin), tensors, parallel=parallel, rank=rank, engine=VERSION)
 
@@ -169,13 +194,16 @@ def probe_layout(
     processed: bool = False,
     fixed: Mapping[str, Tensor] = MappingProxyType({}),
     bits: int | None = None,
+    groups: Sequence[frozenset[str]] = (),
+    arguments: Mapping[str, object] = MappingProxyType({}),
 ) -> Probed:
     """What `rank` of an instance really has after loading coded values and, if `processed`, after SGLang's post-processing: for
-    small models, which are loaded several times. For `fixed` and `bits` see `layout.probe`; otherwise like `trace_layout`."""
-    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank) as config:
+    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `layout.probe`;
+    otherwise like `trace_layout`."""
+    with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank, arguments) as config:
         return probe(
             partial(build, config, "cpu"), load_weights, tensors, finish=postprocess if processed else None,
-            tensors_of=reachable_tensors, fixed=fixed, bits=bits,
+            tensors_of=reachable_tensors, fixed=fixed, bits=bits, groups=groups,
         )  # fmt: skip
 
 

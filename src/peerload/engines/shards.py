@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..bare import BareRank
+from ..errors import ConfigError, HostError
 from ..layout.trace import DTYPES
+
+
+def writable(directory: Path) -> None:
+    """Make the directory unless it is there. Raises ConfigError when files can't be written to it."""
+    probe = directory / f".peerload-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't write to {directory}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_rank(directory: Path, rank: BareRank, size: int) -> Path:
     """`rank-RRRRR-of-NNNNN.safetensors`: every written piece under its tensor's name, row-major; pieces of one tensor that lie
-    apart are numbered `name#1`, ... The file's metadata holds each box in the whole tensor. Returns its path."""
+    apart are numbered `name#1`, ... The file's metadata holds each box in the whole tensor. Returns its path. The file appears
+    when it is complete. Raises HostError when it can't be written."""
     layout = rank.layout
     tensors: dict[str, torch.Tensor] = {}
     boxes: dict[str, object] = {}
@@ -25,7 +40,16 @@ def write_rank(directory: Path, rank: BareRank, size: int) -> Path:
         tensors[name] = _view(rank, piece, DTYPES[spec.dtype]).contiguous()
         boxes[name] = {"start": box.start, "stop": box.stop, "shape": spec.shape}
     path = directory / f"rank-{layout.rank:05d}-of-{size:05d}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt", "boxes": json.dumps(boxes)})
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt", "boxes": json.dumps(boxes)})
+        unfinished.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise HostError(
+            f"rank {layout.rank}: can't write {path}: {error}", next_step="make room there, and pull again"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 

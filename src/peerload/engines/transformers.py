@@ -32,7 +32,7 @@ from ..layout.strided import View
 from ..layout.trace import DTYPES, Allocate, layout_of, on_meta, view_of
 from ..manifest import Catalog, Layout, Parallel, TensorSpec
 from ..memory import Arena
-from .architecture import catalog_of, class_of, config_of, generation_config, quiet
+from .architecture import FAILURES, built, catalog_of, class_of, config_of, generation_config, quiet
 from .casts import CastRecorder, Shadow, as_kept
 from .checkpoint import ModelFiles
 from .declared import Whole
@@ -215,7 +215,7 @@ def _load(
     kind: type[PreTrainedModel] | None = None,
 ) -> _Loaded:
     """The engine's own load on tensors out of `allocate`."""
-    config = config_of(files)
+    config = config_of(files, len(catalog))
     quantizer_of(files)  # refuses what can't be loaded here at all
     kind, recorder = kind or class_of(config), CastRecorder(allocate)
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
@@ -228,9 +228,10 @@ def _load(
             )  # fmt: skip
     except LayoutError as refusal:
         raise _blamed(refusal, files) from refusal
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except FAILURES as error:
         if recorder.refusals:
             raise _blamed(recorder.refusals[0], files) from error
+        built(kind, config_of(files, len(catalog)))  # raises ConfigError where the split isn't to blame
         quantizer = f" with quantizer {method}" if (method := method_of(files)) else ""
         problem, next_step = f"{kind.__name__} at {parallel}{quantizer}: transformers fails: {error!r}", ""
         if parallel.tp > 1 and parallel.pp > 1 and isinstance(error, KeyError):

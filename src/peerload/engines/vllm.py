@@ -8,14 +8,14 @@ For vLLM 0.24.0 to 0.32.0.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 import vllm.distributed.parallel_state as groups
@@ -24,46 +24,67 @@ from torch.overrides import TorchFunctionMode
 from vllm import __version__
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.kernels import linear
-from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.platforms import current_platform
-from vllm.platforms.cpu import CpuPlatform
-from vllm.platforms.interface import UnspecifiedPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..errors import ConfigError, LayoutError
+from ..layout.blame import told
 from ..layout.loader import Traced, trace_loader
 from ..layout.probe import Probed, probe
 from ..layout.reachable import reachable_tensors
 from ..manifest import Catalog, Parallel
 from .checkpoint import Checkpoint, ModelFiles
+from .twin import FAILURES, built, checked, warn_once
+from .vllm_loader import refuse_unfollowable
+from .vllm_platform import any_experts_kernel, any_linear_kernel, cuda_platform, has_cuda, some_platform
 
 #: What this engine is called in layouts and reports.
 VERSION: Final = f"vllm {__version__}"
 
+T = TypeVar("T")
+
 _UNSPLIT: Final = Parallel()
 
-#: What vLLM raises for models, quantizations and hosts that it doesn't support.
-_FAILURES: Final = (
-    ValueError, NotImplementedError, AssertionError, RuntimeError, AttributeError, TypeError, KeyError, ImportError,
-)  # fmt: skip
+#: Arguments of vLLM's that are said otherwise, and how.
+_OURS: Final = {
+    "model": "say it with --model", "tensor_parallel_size": "say it with --tp", "pipeline_parallel_size": "say it with --pp",
+    "enable_expert_parallel": "say it with --ep", "data_parallel_size": "a layout is that of one data-parallel replica",
+    "distributed_executor_backend": "it has no part in a layout",
+}  # fmt: skip
+
+
+class Unbuilt(LayoutError):
+    """vLLM can't build the model here."""
 
 
 def trace_layout(
-    model: str | Path | ModelFiles, parallel: Parallel = _UNSPLIT, rank: int = 0, *, catalog: Catalog | None = None
+    model: str | Path | ModelFiles,
+    parallel: Parallel = _UNSPLIT,
+    rank: int = 0,
+    *,
+    catalog: Catalog | None = None,
+    arguments: Mapping[str, object] = MappingProxyType({}),
+    platform: str = "auto",
 ) -> Traced:
-    """What `rank` of an instance of this model holds after vLLM's `load_weights`. Needs no weights and no memory for them.
+    """What `rank` of an instance of this model holds after vLLM's `load_weights`. Needs no weights, and no memory for them unless
+    the model's constructor needs values.
 
     model: a directory, or the files of one. catalog: the checkpoint's tensors, by default those of the directory's safetensors
-    files. Raises ConfigError for sizes that vLLM has no words for, LayoutError for what it can't build here or what can't be
-    followed. Not thread-safe: vLLM's process-wide state is borrowed, and put back."""
-    catalog = _catalog(model) if catalog is None else catalog
-    with rank_of(model, parallel, rank) as config:
-        twin = build(config)
-        return trace_loader(twin, partial(load_weights, twin), catalog, parallel=parallel, rank=rank, engine=VERSION)
+    files. arguments: more of vLLM's `EngineArgs`. platform: "auto" is this host's; a model that vLLM can't build for it is built
+    as on a CUDA host. "cuda" always does that.
+    Raises ConfigError for sizes and arguments that vLLM has no words for, LayoutError for what it can't build here or what can't
+    be followed. Not thread-safe: vLLM's process-wide state is borrowed, and put back."""
+    tensors = _catalog(model) if catalog is None else catalog
+
+    def trace(platform: str) -> Traced:
+        with rank_of(model, parallel, rank, arguments, platform) as config:
+            twin = build(config)
+            refuse_unfollowable(twin)
+            return trace_loader(twin, partial(load_weights, twin), tensors, parallel=parallel, rank=rank, engine=VERSION)
+
+    return _on(platform, trace)
 
 
 def probe_layout(
@@ -75,43 +96,78 @@ def probe_layout(
     catalog: Catalog | None = None,
     fixed: Mapping[str, Tensor] = MappingProxyType({}),
     bits: int | None = None,
+    groups: Sequence[frozenset[str]] = (),
+    arguments: Mapping[str, object] = MappingProxyType({}),
+    platform: str = "auto",
 ) -> Probed:
     """What `rank` of an instance really has after loading coded values and, if `processed`, after vLLM's post-processing: for
-    small models, which are loaded several times. For `fixed` and `bits` see `layout.probe`; otherwise like `trace_layout`."""
-    catalog = _catalog(model) if catalog is None else catalog
-    with rank_of(model, parallel, rank) as config:
-        finish: Callable[[nn.Module], object] | None = partial(postprocess, config=config) if processed else None
-        return probe(
-            partial(build, config, "cpu"),
-            load_weights,
-            catalog,
-            finish=finish,
-            tensors_of=reachable_tensors,
-            fixed=fixed,
-            bits=bits,
-        )
+    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `layout.probe`; otherwise like
+    `trace_layout`."""
+    tensors = _catalog(model) if catalog is None else catalog
+
+    def probed(platform: str) -> Probed:
+        with rank_of(model, parallel, rank, arguments, platform) as config:
+            finish: Callable[[nn.Module], object] | None = partial(postprocess, config=config) if processed else None
+            return probe(
+                partial(build, config, "cpu"), load_weights, tensors, finish=finish, tensors_of=reachable_tensors,
+                fixed=fixed, bits=bits, groups=groups,
+            )  # fmt: skip
+
+    return _on(platform, probed)
+
+
+def _on(platform: str, work: Callable[[str], T]) -> T:
+    """Do the work on the platform that was asked for; one of its host's that is asked for by nobody gives way to CUDA's."""
+    try:
+        return work(platform)
+    except Unbuilt as error:
+        problem = error
+    words, next_step = problem.message, problem.next_step
+    if platform == "auto" and not has_cuda():
+        try:
+            found = work("cuda")
+        except Unbuilt as error:
+            if error.message != words:
+                words += f"; and as on a CUDA host: {error.message}"
+                next_step = next_step or "ask on a GPU host: vLLM needs to look at the GPU to build this model"
+        else:
+            warn_once(f"this model is built as on a CUDA host: {words}")
+            return found
+    raise LayoutError(
+        words, next_step=next_step or "vLLM itself fails there: try another parallel layout, or other arguments (--engine-arg)"
+    ) from problem
 
 
 @contextmanager
-def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> Iterator[VllmConfig]:
+def rank_of(
+    model: str | Path | ModelFiles,
+    parallel: Parallel,
+    rank: int,
+    arguments: Mapping[str, object] = MappingProxyType({}),
+    platform: str = "auto",
+) -> Iterator[VllmConfig]:
     """The process-wide state of vLLM, for as long as the block lasts, that of rank `rank` (tensor-parallel rank fastest) of an
-    instance of the model. Yields its configuration. Not thread-safe."""
+    instance of the model. Yields its configuration. arguments: as for `trace_layout`. platform: "auto" is this host's, "cuda" a
+    CUDA host's from when the configuration is made. Not thread-safe."""
     size = parallel.tp * parallel.pp
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below {size}")
     if parallel.ep not in (1, parallel.tp):
         raise ConfigError(f"vLLM's experts are split over all tensor-parallel ranks or none: tp={parallel.tp}, ep={parallel.ep}")
+    arguments = checked(VERSION, arguments, EngineArgs.__dataclass_fields__, _OURS)
     files = ModelFiles.of(model)
     state = {name: value for name, value in vars(groups).items() if name.startswith("_") and name[1:].replace("_", "").isupper()}
     environment, rotary = dict(os.environ), dict(_ROPE_DICT)
     with ExitStack() as stack:
         stack.callback(_restore, state, environment, rotary)
-        stack.enter_context(_some_platform())
+        stack.enter_context(some_platform())
         directory = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
         if directory is None:
             directory = Path(stack.enter_context(TemporaryDirectory()))
             files.write(directory)
-        config = _config(files, directory, parallel, rank)
+        config = _config(files, directory, parallel, rank, arguments)
+        if platform == "cuda":
+            stack.enter_context(cuda_platform())
         stage, shard = divmod(rank, parallel.tp)
         same_stage = [stage * parallel.tp + i for i in range(parallel.tp)]
         same_shard = [i * parallel.tp + shard for i in range(parallel.pp)]
@@ -127,21 +183,25 @@ def rank_of(model: str | Path | ModelFiles, parallel: Parallel, rank: int) -> It
 
 
 def build(config: VllmConfig, device: str = "meta") -> nn.Module:
-    """The model of the rank that `rank_of` is, its parameters not yet written. Raises LayoutError for what vLLM can't build
-    here."""
-    remedies = {"find a kernel": _any_linear_kernel, "MoE backend supports": _any_experts_kernel}
+    """The model of the rank that `rank_of` is, its parameters not yet written; on meta unless its constructor needs values.
+    Raises LayoutError for what vLLM can't build here."""
     try:
-        with ExitStack() as stack:
-            while True:
-                try:
-                    return _built(config, device)
-                except (ValueError, NotImplementedError) as error:
-                    lacking = [words for words in remedies if words in str(error)]
-                    if not lacking:
-                        raise
-                    stack.enter_context(remedies.pop(lacking[0])())
-    except _FAILURES as error:
-        raise LayoutError(f"{VERSION} can't build {config.model_config.architecture} here: {error!r}") from error
+        return built(partial(_built_somehow, config), VERSION) if device == "meta" else _built_somehow(config, device)
+    except FAILURES as error:
+        raise Unbuilt(f"{VERSION} can't build {config.model_config.architecture} here: {told(error)}") from error
+
+
+def _built_somehow(config: VllmConfig, device: str) -> nn.Module:
+    remedies = {"find a kernel": any_linear_kernel, "MoE backend supports": any_experts_kernel}
+    with ExitStack() as stack:
+        while True:
+            try:
+                return _built(config, device)
+            except (ValueError, NotImplementedError) as error:
+                lacking = [words for words in remedies if words in str(error)]
+                if not lacking:
+                    raise
+                stack.enter_context(remedies.pop(lacking[0])())
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
@@ -164,16 +224,23 @@ def _catalog(model: str | Path | ModelFiles) -> Catalog:
     return Checkpoint.open(model).catalog
 
 
-def _config(files: ModelFiles, directory: Path, parallel: Parallel, rank: int) -> VllmConfig:
+def _config(
+    files: ModelFiles, directory: Path, parallel: Parallel, rank: int, arguments: Mapping[str, object]
+) -> VllmConfig:  # fmt: skip
+    chosen = {"enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True, **arguments}
     try:
         with _inspected_here(files):
             config = EngineArgs(
                 model=str(directory), tensor_parallel_size=parallel.tp, pipeline_parallel_size=parallel.pp,
-                enable_expert_parallel=parallel.ep > 1, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
-                distributed_executor_backend="mp" if parallel.tp * parallel.pp > 1 else "uni",
+                enable_expert_parallel=parallel.ep > 1,
+                distributed_executor_backend="mp" if parallel.tp * parallel.pp > 1 else "uni", **chosen,
             ).create_engine_config()  # fmt: skip
-    except _FAILURES as error:
-        raise LayoutError(f"{VERSION} refuses this model at {parallel}: {error}") from error
+    except FAILURES as error:
+        words = " ".join(str(error).partition(" [type=")[0].split()) or told(error)  # pydantic adds the arguments
+        next_step = "vLLM's arguments are given as --engine-arg KEY=VALUE, as in --engine-arg trust_remote_code=true"
+        raise LayoutError(
+            f"{VERSION} refuses this model at {parallel}: {words}", next_step=next_step if "argument" in words else ""
+        ) from error
     config.parallel_config.rank = rank
     return config
 
@@ -185,18 +252,6 @@ def _restore(state: Mapping[str, object], environment: Mapping[str, str], rotary
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-
-
-@contextmanager
-def _some_platform() -> Iterator[None]:
-    """A vLLM built for GPUs knows no platform where there is none, and configures nothing without one: a CPU's will do."""
-    found = type(current_platform)
-    if found is UnspecifiedPlatform:
-        current_platform.__class__ = CpuPlatform
-    try:
-        yield
-    finally:
-        current_platform.__class__ = found
 
 
 @contextmanager
@@ -215,7 +270,7 @@ def _inspected_here(files: ModelFiles) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """What models ask of a torch process group: which of how many."""
+    """What models ask of a torch process group: which of how many. torch itself looks a group up before it communicates."""
 
     ranks: list[int]
     own: int
@@ -225,6 +280,9 @@ class _Members:
 
     def rank(self) -> int:
         return self.ranks.index(self.own)
+
+    def __hash__(self) -> int:
+        raise RuntimeError("it communicates with other ranks, of which there are none here")
 
 
 def _group(name: str, ranks: list[int], rank: int) -> groups.GroupCoordinator:
@@ -239,34 +297,6 @@ def _group(name: str, ranks: list[int], rank: int) -> groups.GroupCoordinator:
     group.use_device_communicator, group.device_communicator, group.mq_broadcaster = False, None, None
     group.use_custom_op_call = group.use_cpu_custom_send_recv = False
     return group
-
-
-@contextmanager
-def _any_linear_kernel() -> Iterator[None]:
-    """Accept kernels that could serve a layer if this host's processor were another one. What a layer's parameters are before
-    post-processing is up to its quantization method, whatever kernel serves it."""
-    honest = linear.is_supported_and_can_implement_kernel
-    linear.is_supported_and_can_implement_kernel = lambda kernel, config, _capability: kernel.can_implement(config)
-    try:
-        yield
-    finally:
-        linear.is_supported_and_can_implement_kernel = honest
-
-
-@contextmanager
-def _any_experts_kernel() -> Iterator[None]:
-    """The same for layers of experts."""
-    honest = FusedMoEExperts.is_supported_config
-
-    def anywhere(*arguments: object) -> tuple[bool, str | None]:
-        accepted, reason = honest(*arguments)
-        return (True, None) if reason is not None and "current device" in reason else (accepted, reason)
-
-    FusedMoEExperts.is_supported_config = staticmethod(anywhere)
-    try:
-        yield
-    finally:
-        FusedMoEExperts.is_supported_config = staticmethod(honest)
 
 
 class _MapsHaveValues(TorchFunctionMode):

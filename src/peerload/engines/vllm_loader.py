@@ -84,7 +84,7 @@ class PeerloadLoader(BaseModelLoader):
         def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
             nonlocal traced
             if not traced:
-                _refuse_unfollowable(model)
+                refuse_unfollowable(model)
             loaded = model.load_weights(weights)
             if not traced and model_config.quantization is None and loaded is not None:
                 self._disk.track_weights_loading(model, loaded)  # vLLM's own check that no parameter was forgotten
@@ -148,7 +148,7 @@ def _end_when_changed(model: nn.Module, worker: Worker) -> None:
     model.load_weights, model.peerload_withdraw = changed, withdraw
 
 
-def _refuse_unfollowable(model: nn.Module) -> None:
+def refuse_unfollowable(model: nn.Module) -> None:
     """Raise LayoutError for what vLLM makes while loading in a way that no trace sees."""
     if any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules()):
         raise LayoutError(f"{type(model).__name__}: it is quantized while it is loaded, its weights aren't the checkpoint's")

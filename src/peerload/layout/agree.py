@@ -9,7 +9,9 @@ Buffers of the layout are named like tensors of the probe. The layout's catalog 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,14 +24,16 @@ from .probe import COMPUTED, CONSTANT, COPY, OPAQUE, UNWRITTEN, Probed, Seen
 _UNSAID = UNWRITTEN
 
 
-def agree(layout: Layout, probed: Probed) -> list[str]:
+def agree(layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]] = MappingProxyType({})) -> list[str]:
     """Differences, each naming the buffer, its first element that differs and both origins; none when the two agree.
 
     Checked for every buffer of `layout`: size, dtype, and for each element which checkpoint element it holds, cast or not,
-    or which constant. Where the layout has a value computed by the engine, the probe must not see a plain constant.
+    or which constant. Where the layout has a value computed by the engine, the probe must not see a plain constant. covers:
+    logical name -> the checkpoint tensors that such a value is computed from; where the probe had groups of them, it must not
+    depend on others.
     Tensors that the probe has and the layout lacks must hold nothing of the checkpoint, or share another one's memory.
     """
-    claims = _Claims.of(layout, probed)
+    claims = _Claims.of(layout, probed, covers)
     differences = []
     for buffer, name in enumerate(layout.buffer_names):
         seen = probed.buffers.get(name)
@@ -48,16 +52,18 @@ def agree(layout: Layout, probed: Probed) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Claims:
-    """A layout's pieces and constants by buffer, its tensors as rows of the probe's catalog: COMPUTED for the others."""
+    """A layout's pieces and constants by buffer, its tensors as rows of the probe's catalog: COMPUTED for the others. group: the
+    probe's that has all that such a tensor is computed from, by logical name."""
 
     layout: Layout
     probed: Probed
     row: IntArray
     cast: frozenset[int]
     pieces: dict[int, list[int]]
+    group: Mapping[str, int]
 
     @classmethod
-    def of(cls, layout: Layout, probed: Probed) -> _Claims:
+    def of(cls, layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]]) -> _Claims:
         known, catalog = probed.catalog.row, layout.catalog
         rows, cast = np.full(len(catalog), COMPUTED, np.int64), set()
         for i, name in enumerate(catalog.names):
@@ -70,7 +76,8 @@ class _Claims:
         pieces: dict[int, list[int]] = {}
         for piece in layout.written.tolist():
             pieces.setdefault(int(layout.pieces.buffer[piece]), []).append(piece)
-        return cls(layout, probed, rows, frozenset(cast), pieces)
+        group = {name: g for name, bases in covers.items() for g, held in enumerate(probed.groups) if held.issuperset(bases)}
+        return cls(layout, probed, rows, frozenset(cast), pieces, group)
 
     def compare(self, buffer: int, seen: Seen) -> list[str]:
         layout, name = self.layout, self.layout.buffer_names[buffer]
@@ -96,6 +103,12 @@ class _Claims:
             split = self.probed.numbering.split[row] if row >= 0 else 1
             start = self.probed.numbering.start[row] if row >= 0 else 0
             claimed[at // size] = start + element * split if row >= 0 else COMPUTED
+            if row < 0 and spec.name in self.group:
+                other = ~seen.steady[self.group[spec.name]][at // size]
+                if other.any():
+                    differences.append(
+                        f"{name}: {int(other.sum())} elements of {spec.name} depend on more than it is computed from"
+                    )
         for constant in layout.constants:
             if constant.buffer != buffer:
                 continue

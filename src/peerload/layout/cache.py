@@ -24,7 +24,7 @@ from ..errors import ConfigError, ManifestError
 from ..manifest import Catalog, Constant, Layout, Opaque, Parallel, Pieces
 
 #: Goes up whenever what is written changes.
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 _COLUMNS: Final = ("tensor", "start", "stop", "buffer", "offset", "stride")
 
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 class LayoutKey:
     """All that a layout depends on. engine: name; version: the engine's. tracer: digest of the code here that derives layouts.
     model: digest of config.json and of the checkpoint's names, dtypes and shapes. quantization: its method's name or empty.
-    device: capability of the one that the engine chooses its kernels for ("cpu", "cuda 9.0")."""
+    device: capability of the one that the engine chooses its kernels for ("cpu", "cuda 9.0"). platform: the one that was asked
+    for. arguments: the operator's of the engine, as JSON."""
 
     engine: str
     version: str
@@ -45,6 +46,8 @@ class LayoutKey:
     parallel: Parallel
     rank: int
     device: str
+    platform: str = "auto"
+    arguments: str = "{}"
 
     @property
     def filename(self) -> str:
@@ -56,13 +59,14 @@ class LayoutKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """What is kept of a trace. derived: logical name -> reason, for tensors that only the engine can make. made and hidden: as in
-    `loader.Traced`."""
+    """What is kept of a trace. derived: logical name -> reason, for tensors that only the engine can make; covers: -> the
+    checkpoint tensors that it makes them of. made and hidden: as in `loader.Traced`."""
 
     layout: Layout
     derived: Mapping[str, str] = field(default_factory=dict)
     made: tuple[str, ...] = ()
     hidden: Mapping[str, str] = field(default_factory=dict)
+    covers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ def _encoded(key: LayoutKey, kept: Kept) -> str:
     layout, p = kept.layout, kept.layout.pieces
     head = {"format": FORMAT, "key": asdict(key)}
     body = json.dumps({
-        "derived": dict(kept.derived), "made": kept.made, "hidden": dict(kept.hidden),
+        "derived": dict(kept.derived), "made": kept.made, "hidden": dict(kept.hidden), "covers": dict(kept.covers),
         "aliases": dict(layout.aliases), "ignored": dict(layout.ignored),
         "parallel": asdict(layout.parallel), "rank": layout.rank,
         "buffers": [layout.buffer_names, layout.buffer_nbytes.tolist()],
@@ -170,4 +174,6 @@ def _decoded(text: str, key: LayoutKey) -> Kept:
         tuple(Opaque(n, tag, b, at, size, tuple(covers), why) for n, tag, b, at, size, covers, why in found["opaques"]),
         found["aliases"], found["ignored"], Parallel(**found["parallel"]), found["rank"],
     )  # fmt: skip
-    return Kept(layout, found["derived"], tuple(found["made"]), found["hidden"])
+    return Kept(
+        layout, found["derived"], tuple(found["made"]), found["hidden"], {n: tuple(c) for n, c in found["covers"].items()}
+    )

@@ -142,7 +142,7 @@ def is_integer(dtype: str) -> bool:
 def code_of(dtype: str) -> Code:
     """The code of elements of a safetensors dtype. Raises KeyError for BOOL, which has room for no code."""
     low, high = _RANDOM[dtype]
-    if dtype in _WIDE:
+    if dtype in _WIDE or (is_integer(dtype) and high > 254):  # whole numbers that survive a cast to any of _WIDE
         digits = patterns_of(torch.arange(1, 255).to(DTYPES[dtype]))
     else:
         digits = np.arange(1 if dtype == "F8_E8M0" else low, 255 if dtype == "F8_E8M0" else high + 1, dtype=np.uint64)
@@ -161,7 +161,8 @@ def readings(dtype: torch.dtype, codes: Mapping[str, Code]) -> dict[str, list[Re
         if code.dtype is None:
             continue
         ways = [Reading(code)] if code.dtype.itemsize == dtype.itemsize else []
-        if code.dtype != dtype and code.dtype.is_floating_point == dtype.is_floating_point and dtype != torch.bool:
+        lossless = code.dtype.is_floating_point <= dtype.is_floating_point  # a float as an integer depends on the hardware
+        if code.dtype != dtype and lossless and dtype != torch.bool:
             ways.insert(0, Reading(code, dtype))
         found[name] = ways
     return dict(sorted(found.items(), key=lambda item: codes[item[0]].dtype != dtype))

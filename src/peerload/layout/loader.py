@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..manifest import Catalog, Constant, Layout, Parallel, Pieces, TensorSpec
+from .blame import engine_frames, told
 from .follow import ENGINE, Follower
 from .held import Contents, Held, moved
 from .reachable import reachable_tensors
@@ -68,8 +69,8 @@ def trace_loader(
     checkpoint gets memory on its old device. After a LayoutError the model must be built anew.
     engine: name and version; derived tensors are exchanged between equal ones only.
 
-    Raises LayoutError, naming tensor, parameter or operation, when the loader needs values, fails, or leaves something
-    that can't be described."""
+    Raises LayoutError, naming tensor, parameter or operation, and the engine's line where its code fails, when the loader needs
+    values, fails, or leaves something that can't be described."""
     with _uncollected():
         before, follower = reachable_tensors(model), Follower()
         follower.watch(before)
@@ -94,16 +95,24 @@ def _uncollected() -> Iterator[None]:
 def _run(
     follower: Follower, load_weights: Callable[[Iterable[tuple[str, Tensor]]], object], sources: list[tuple[str, Tensor]]
 ) -> None:
+    reading = ""
+
+    def checkpoint() -> Iterator[tuple[str, Tensor]]:
+        nonlocal reading
+        for name, source in sources:
+            reading = name
+            yield name, source
+        reading = ""
+
     try:
         with follower:
-            load_weights(iter(sources))
-    except (RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, OSError) as error:
+            load_weights(checkpoint())
+    except (
+        RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, OSError, ImportError,
+    ) as error:  # fmt: skip
         if follower.refusals:
             raise follower.refusals[0] from error
-        raise LayoutError(
-            f"the engine's loader can't be followed: {type(error).__name__}: {error}",
-            next_step="let the engine load this model itself",
-        ) from error
+        raise _failed(follower, reading, error) from error
     if follower.refusals:  # the engine caught it
         raise follower.refusals[0]
     if any(item() is not None for item in follower.items):
@@ -112,6 +121,27 @@ def _run(
             kept = item()
             if kept is not None:
                 raise follower.refuse("item()", [kept.source], "the engine keeps the value")
+
+
+def _failed(follower: Follower, reading: str, error: Exception) -> LayoutError:
+    """reading: the tensor that the loader asked for last, empty if it has read all of them."""
+    names = [reading] if reading else []
+    for frame, _ in engine_frames(error):
+        storages = [follower.storage(value) for value in frame.f_locals.values() if isinstance(value, Tensor)]
+        found = {storage.label for storage in storages if storage is not None and " " not in storage.label}
+        if found:
+            names += sorted(found - {*names})[:2]
+            break
+    where = f"{', '.join(names)}: " if names else ""
+    if "meta" in str(error):
+        return LayoutError(
+            f"{where}the engine's loader asks for values, so it can't be followed: {told(error)}",
+            next_step="let the engine load this model from disk; its layout can't be derived from its loader",
+        )
+    return LayoutError(
+        f"{where}the engine's loader fails: {told(error)}",
+        next_step="the engine alone is likely to fail in the same place: compare the checkpoint's tensors with its config.json",
+    )
 
 
 def _house(follower: Follower, model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ affair. Engines that check values (scales that must be equal, indices that must 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, LayoutError
-from ..geometry import IntArray
+from ..geometry import BoolArray, IntArray
 from ..manifest import Catalog
+from .blame import told
 from .codes import (
     RANDOM_PASSES,
     Code,
@@ -55,14 +56,15 @@ UNWRITTEN: Final = -1
 CONSTANT: Final = -2
 COMPUTED: Final = -3
 
+#: Passes for groups of tensors, at most.
+MOST_GROUPS: Final = 8
+
 COPY, MADE, OPAQUE, UNTOUCHED, EMPTY = "copy", "constant", "opaque", "unwritten", "empty"
 
 Build: TypeAlias = Callable[[], nn.Module]
 Load: TypeAlias = Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object]
-#: What engines raise when they dislike a value.
-_DISLIKES: Final = (
-    RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError, IndexError, NotImplementedError,
-)  # fmt: skip
+#: What engines raise when they dislike a value, or lack a package or a device.
+_DISLIKES: Final = (RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ImportError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +77,7 @@ class Seen:
     an element; itemsize: its bytes. offset: [elements] where they lie, in elements from the first one, ascending; None when
     side by side. casts: checkpoint tensors whose values were cast. last: the elements' bit patterns in the last pass; made:
     those the constructor left, None for what is no parameter. shares: an earlier tensor's name whose memory this is (a part of).
+    steady: for each of `Probed.groups`, [elements] that stay the same when all tensors outside of the group have other values.
     """
 
     kind: str
@@ -90,6 +93,7 @@ class Seen:
     last: Patterns
     made: Patterns | None
     shares: str = ""
+    steady: tuple[BoolArray, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -103,12 +107,14 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Probed:
-    """The result of a probe. passes: loads that were made. seconds: of all of it, building models included."""
+    """The result of a probe. passes: loads that were made. seconds: of all of it, building models included. groups: of tensors
+    that had values of their own for one pass."""
 
     numbering: Numbering
     buffers: Mapping[str, Seen]
     passes: int
     seconds: float
+    groups: tuple[frozenset[str], ...] = ()
 
     @property
     def catalog(self) -> Catalog:
@@ -126,6 +132,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: t._local_tensor if isinstance(t, DTensor) else t for name, t in named}
 
 
+def groups_of(covers: Iterable[Collection[str]]) -> tuple[frozenset[str], ...]:
+    """What `probe` needs to check that values are computed from these checkpoint tensors and no others: each collection is part
+    of a group, and there are at most MOST_GROUPS."""
+    distinct = list(dict.fromkeys(map(frozenset, covers)))
+    return tuple(frozenset[str]().union(*distinct[i::MOST_GROUPS]) for i in range(min(len(distinct), MOST_GROUPS)))
+
+
 def probe(
     build: Build,
     load: Load,
@@ -135,45 +148,58 @@ def probe(
     tensors_of: Callable[[nn.Module], Mapping[str, Tensor]] = tensors_of,
     bits: int | None = None,
     fixed: Mapping[str, Tensor] = MappingProxyType({}),
+    groups: Sequence[frozenset[str]] = (),
 ) -> Probed:
     """Where the model's tensors have their values from, after `load` and, if given, post-processing by `finish`.
 
     tensors_of: the model's tensors by name, asked after all that. Those that `build` made are set to impossible values first
-    if they are nn.Parameters. bits: 2, 4 or 8 looks into integer tensors at that granularity, for packed weights.
-    fixed: values of tensors that the engine would check; what it does with them shows as constant.
+    if they are nn.Parameters; of others it is noted what they hold, which may be uninitialised memory. What `build` left on
+    meta, and nobody gave memory, is left out. bits: 2, 4 or 8 looks into integer tensors at that granularity, for packed
+    weights. fixed: values of tensors that the engine would check; what it does with them shows as constant. groups: of
+    checkpoint tensors, for `Seen.steady`; each costs a load.
     Raises LayoutError when the engine fails on a pass, ConfigError for tensors that can't be coded.
     """
     began_s = time.perf_counter()
     numbering = Numbering(catalog, bits, frozenset(catalog.row[name] for name in fixed))
     codes = _codes(numbering)
     digits = digit_passes(int(numbering.start[-1]), codes)
+    last, every = digits + RANDOM_PASSES - 1, frozenset(catalog.names)
+    held = [*([every] * (last + 1)), *groups]
     seen: list[dict[str, _Read]] = []
+    left: list[dict[str, _Read]] = []
     made: dict[str, Patterns] = {}
-    for number in range(digits + RANDOM_PASSES):
-        model = build()
-        before = {name: t for name, t in tensors_of(model).items() if isinstance(t, nn.Parameter)}
+    for turn, own in enumerate(held):
+        number, model = min(turn, last), build()
+        found = {name: t for name, t in tensors_of(model).items() if not t.is_meta}
+        before = {name: t for name, t in found.items() if isinstance(t, nn.Parameter)}
+        if not found and any(t.is_meta for t in model.parameters()):
+            raise ConfigError(f"{type(model).__name__}: all of it lies on the meta device; a probe needs a model with memory")
         with torch.no_grad():
-            if number == 0:
+            if turn == 0:
                 made = {name: read.patterns for name, read in _read(before).items()}
             for tensor in before.values():
                 plain = _plain(tensor)
                 fill_patterns(plain, sentinels(plain.dtype)[number % 2])
+            left.append(_read({name: t for name, t in found.items() if name not in before}))
             stage = "loader"
             try:
-                load(model, _weights(numbering, codes, fixed, number, digits))
+                load(model, _weights(numbering, codes, fixed, number, digits, own))
                 if finish is not None:
                     stage = "post-processing"
                     finish(model)
             except _DISLIKES as error:
                 raise LayoutError(
-                    f"the engine's {stage} fails on coded values in pass {number + 1} of {digits + RANDOM_PASSES}: {error!r}",
+                    f"the engine's {stage} fails on coded values in pass {turn + 1} of {len(held)}: {told(error)}",
                     next_step="if it checks values of some tensors, give it fixed ones; it may also lack this host's device",
                 ) from error
-            seen.append(_read(tensors_of(model)))
-        del model, before
+            seen.append(_read({name: t for name, t in tensors_of(model).items() if not t.is_meta}))
+        del model, found, before
     decoder = _Decoder(numbering, codes, digits)
-    buffers = {name: decoder.seen([p.get(name) for p in seen], made.get(name)) for name in seen[-1]}
-    return Probed(numbering, MappingProxyType(buffers), digits + RANDOM_PASSES, time.perf_counter() - began_s)
+    buffers = {
+        name: decoder.seen([p.get(name) for p in seen], made.get(name), [p.get(name) for p in left[: last + 1]])
+        for name in seen[last]
+    }
+    return Probed(numbering, MappingProxyType(buffers), len(held), time.perf_counter() - began_s, tuple(groups))
 
 
 def changes(loaded: Probed, processed: Probed) -> dict[str, tuple[str, str]]:
@@ -239,8 +265,6 @@ def _read(tensors: Mapping[str, Tensor]) -> dict[str, _Read]:
     spans: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, one past the last, name
     for name, tensor in tensors.items():
         plain = _plain(tensor)
-        if plain.is_meta:
-            raise ConfigError(f"{name}: lies on the meta device; a probe needs a model with memory")
         flat, offset = _in_memory(plain)
         extent = 0 if not plain.numel() else len(flat) if offset is None else int(offset[-1]) + 1
         first, known = plain.data_ptr(), spans.setdefault(plain.untyped_storage().data_ptr(), [])
@@ -289,9 +313,10 @@ def _codes(numbering: Numbering) -> dict[str, Code]:
 
 
 def _weights(
-    numbering: Numbering, codes: Mapping[str, Code], fixed: Mapping[str, Tensor], number: int, digits: int
+    numbering: Numbering, codes: Mapping[str, Code], fixed: Mapping[str, Tensor], number: int, digits: int, own: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint of one pass. Every tensor is made anew: the engine may do with it what it likes."""
+    """The checkpoint of one pass; but for the tensors in `own`, of the pass before it. Every tensor is made anew: the engine may
+    do with it what it likes."""
     catalog = numbering.catalog
     for row, spec in enumerate(catalog):
         if row in numbering.fixed:
@@ -303,7 +328,7 @@ def _weights(
             yield spec.name, value.clone()
         else:
             code = codes["" if numbering.bits and is_integer(spec.dtype) else spec.dtype]
-            yield spec.name, coded(numbering, row, code, number, digits)
+            yield spec.name, coded(numbering, row, code, number if spec.name in own else number - 1, digits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +345,10 @@ class _Decoder:
         keys = ["" if n.bits and is_integer(d) else d for d in n.catalog.dtypes]
         return np.array(["?" if row in n.fixed else key for row, key in enumerate(keys)])
 
-    def seen(self, passes: list[_Read | None], made: Patterns | None) -> Seen:
+    def seen(self, passes: list[_Read | None], made: Patterns | None, left: list[_Read | None]) -> Seen:
+        """One tensor. made: what the constructor left there, of a parameter; left: what lay there before each load, of others.
+        There may be more passes than loads in `left`: those of groups."""
+        passes, more = passes[: len(left)], passes[len(left) :]
         last = passes[-1]
         assert last is not None  # the last pass says which names there are
         n, size = len(last.patterns), last.dtype.itemsize
@@ -329,11 +357,13 @@ class _Decoder:
         packed = bits is not None and is_integer(dtype) and "" in self.codes
         split = 8 * size // bits if packed and bits else 1
 
+        steady = tuple(p.patterns == last.patterns if p is not None and last.alike(p) else np.zeros(n, np.bool_) for p in more)
+
         def result(kind: str, reason: str, ids: IntArray, casts: Iterable[str] = ()) -> Seen:
             kept = made if made is not None and len(made) == n else None
             return Seen(
                 kind, reason, dtype, last.shape, last.stride, ids, split, size, last.offset, frozenset(casts), last.patterns,
-                kept, last.shares,
+                kept, last.shares, steady,
             )  # fmt: skip
 
         if not n:
@@ -342,6 +372,10 @@ class _Decoder:
         if len(reads) < len(passes):
             return result(OPAQUE, "its shape or dtype depends on the values", np.full(n * split, COMPUTED, np.int64))
         ids, casts = self._decode([r.patterns for r in reads], last.dtype, bits if packed else None, made is not None)
+        if all(last.alike(old) for old in left):
+            same = [r.patterns == old.patterns for r, old in zip(reads, left, strict=True) if old is not None]
+            untouched = np.logical_and.reduce(same).repeat(split)
+            ids[untouched & (ids == COMPUTED)] = UNWRITTEN  # uninitialised memory differs from pass to pass
         return result(*_verdict(ids, split, casts), ids, casts)
 
     def _decode(

@@ -1,15 +1,18 @@
 """The coordinator as seen by seeds and targets. The only place where gRPC's errors become ours.
 
-Every call takes an optional `deadline` (default: `timeout_s` from now), retries with backoff while the coordinator is
-unreachable, and raises CoordinatorError when it stays so, ManifestError when what was said makes no sense to the
+Every call takes an optional `deadline` (default: `timeout_s` from now), retries while the coordinator is unreachable, over a
+fresh connection each time, and raises CoordinatorError when it stays so, ManifestError when what was said makes no sense to the
 coordinator, DeadlineExceeded when an answer didn't come in time. No call is open between two method calls.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -23,35 +26,35 @@ from ..manifest import ModelKey, Offer, Parallel, SourceId
 from . import codec
 from ._generated import peerload_pb2 as pb
 from ._generated import peerload_pb2_grpc as pb_grpc
+from .address import checked_address
 from .blobs import Blobs
 from .codec import Blob
 
 log = logging.getLogger(__name__)
 
-_Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
 
 #: One Agree call waits this long at the coordinator, seconds; then it is asked again.
 _AGREE_WAIT_S: Final = 20.0
-#: A rank whose time is up says so to the others, and learns whether it is too late for that, within this time.
-_LAST_WORD_S: Final = 2.0
-#: Asking again when the coordinator has no room to let us wait, seconds.
-_REASK_S: Final = 0.2
+#: An Agree call is asked again when its answer is later than that, seconds: the coordinator was stopped, or the network.
+_LATE_S: Final = 5.0
+#: A rank whose time is up says so to the others, and learns whether it is too late for that, until this long after its deadline.
+_LAST_WORD_S: Final = 1.0
+#: Asking again when the coordinator has no room to let us wait, seconds: at first, and at most.
+_REASK_S: Final = (0.2, 3.0)
 #: It is away, or on its way out.
 _AGAIN: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-_BACKOFF_S: Final = (0.05, 1.0)
+#: Between two tries, seconds: at first, and at most. One that restarts is found within the latter.
+_BACKOFF_S: Final = (0.05, 0.5)
 #: What a call gets when the deadline has passed already: one try.
-_SHORTEST_S: Final = 0.5
+_SHORTEST_S: Final = 0.3
 _MAX_REASON: Final = 4096
 _LOOK: Final = "is `peerload coordinator` running there? see its log"
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", codec.MAX_MESSAGE_NBYTES),
     ("grpc.max_send_message_length", codec.MAX_MESSAGE_NBYTES),
     ("grpc.enable_http_proxy", 0),  # the coordinator is in this cluster; the environment's proxy is for the world
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted coordinator is found again within a second, not two minutes
+    ("grpc.use_local_subchannel_pool", 1),  # a fresh channel connects at once, whatever others have met
     ("grpc.keepalive_time_ms", 20_000),  # a watch on a machine that lost power ends
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
@@ -98,19 +101,30 @@ class Status:
     open_rounds: Mapping[Round, tuple[int, ...]]
 
 
+class _Line:
+    """A channel, and how many calls use it. gRPC takes 5 s and more to find a coordinator that restarted, whatever its backoff
+    options say; a fresh channel finds it at once."""
+
+    def __init__(self, url: str) -> None:
+        self.channel = grpc.insecure_channel(url, options=_OPTIONS)
+        self.stub = pb_grpc.DirectoryStub(self.channel)
+        self.calls = 0
+
+
 class CoordinatorClient:
     """`url` is HOST:PORT. Connects at the first call. Remembers layouts and catalogs it has decoded, by digest: offers
-    of equal layouts share one object. Thread-safe."""
+    of equal layouts share one object. Thread-safe. Raises ConfigError for another url."""
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
-        self.url = url
+        self.url = checked_address(url, "the coordinator's url")
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(url, options=_OPTIONS)
-        self._stub = pb_grpc.DirectoryStub(self._channel)
+        self._lock = threading.Lock()
+        self._line = _Line(url)
+        self._epochs: dict[str, str] = {}  # of the coordinator's votes, by group, since this client first voted in it
         self._blobs = Blobs()
 
     def close(self) -> None:
-        self._channel.close()
+        self._line.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -134,7 +148,7 @@ class CoordinatorClient:
         while True:
             try:
                 self._put(blobs, deadline)
-                self._call(self._stub.Announce, request, deadline, "announcing", _BlobMissing)
+                self._retry(lambda stub, t: stub.Announce(request, timeout=t), deadline, "announcing", _BlobMissing)
             except _BlobMissing:  # it restarted in between, and forgot
                 deadline.check(f"announcing {offer.source} to coordinator {self.url}")
                 continue
@@ -142,29 +156,33 @@ class CoordinatorClient:
 
     def _put(self, blobs: list[Blob], deadline: Deadline) -> None:
         digests = pb.HasBlobsRequest(digest=[blob.digest for blob in blobs])
-        missing = self._call(self._stub.HasBlobs, digests, deadline, "asking for blobs").missing
+        missing = self._retry(lambda stub, t: stub.HasBlobs(digests, timeout=t), deadline, "asking for blobs").missing
         for blob in blobs:
             if blob.digest in missing:
-                request = pb.PutBlobRequest(blob=codec.pack(blob))
-                self._call(self._stub.PutBlob, request, deadline, f"putting a {blob.kind.name.lower()}", _BlobMissing)
+                self._put_one(blob, deadline)
+
+    def _put_one(self, blob: Blob, deadline: Deadline) -> None:
+        request, doing = pb.PutBlobRequest(blob=codec.pack(blob)), f"putting a {blob.kind.name.lower()}"
+        self._retry(lambda stub, t: stub.PutBlob(request, timeout=t), deadline, doing, _BlobMissing)
 
     def renew(self, lease: Lease, deadline: Deadline | None = None) -> Lease:
         """Another `ttl_s` from now. Raises LeaseUnknown (it expired, or the coordinator restarted without a store:
         announce again) or LeaseSuperseded (stop offering)."""
         request = pb.RenewRequest(source=codec.encode_source(lease.source))
-        reply = self._call(self._stub.Renew, request, self._deadline(deadline), "renewing a lease", LeaseUnknown)
+        deadline = self._deadline(deadline)
+        reply = self._retry(lambda stub, t: stub.Renew(request, timeout=t), deadline, "renewing a lease", LeaseUnknown)
         return Lease(lease.source, reply.ttl_s)
 
     def withdraw(self, lease: Lease, deadline: Deadline | None = None) -> None:
         """Nobody finds it any more. Withdrawing what has ended already is no error."""
         request = pb.WithdrawRequest(source=codec.encode_source(lease.source))
-        self._call(self._stub.Withdraw, request, self._deadline(deadline), "withdrawing")
+        self._retry(lambda stub, t: stub.Withdraw(request, timeout=t), self._deadline(deadline), "withdrawing")
 
     # For targets.
 
     def discover(self, model: ModelKey, deadline: Deadline | None = None) -> list[Offer]:
         """Every rank of every instance that holds `model` now, whatever its layout, by instance and rank. An offer
-        that this version can't read is left out, with a warning."""
+        that this version can't read, or that the coordinator has just forgotten, is left out, with a warning."""
         deadline = self._deadline(deadline)
         offers = (self._offer(message, deadline) for message in self._announcements(model, deadline))
         return [offer for offer in offers if offer is not None]
@@ -173,9 +191,10 @@ class CoordinatorClient:
         """What `discover` says as soon as that is `enough`, asked again at every change.
 
         Raises DeadlineExceeded when it never was, CoordinatorError when the coordinator couldn't be asked."""
-        doing = f"waiting for seeds of {model}"
+        doing, pause_s = f"waiting for seeds of {model}", _REASK_S[0]
         while True:
-            offers, satisfied = self._retry(lambda t: self._watch(model, t, deadline, enough), deadline, doing)
+            asked_s = time.monotonic()
+            offers, satisfied = self._retry(lambda stub, t: self._watch(stub, model, t, deadline, enough), deadline, doing)
             if satisfied:
                 return offers
             if deadline.remaining_s == 0:
@@ -184,15 +203,17 @@ class CoordinatorClient:
                     f"not enough seeds of {model} appeared at coordinator {self.url} in time; there: {there}",
                     next_step="start a seed, look at `peerload ls`, or wait longer",
                 )
-            time.sleep(min(_REASK_S, deadline.remaining_s))  # the server was too busy to let us wait
+            pause_s = min(2 * pause_s, _REASK_S[1]) if time.monotonic() - asked_s < 2 * pause_s else _REASK_S[0]
+            time.sleep(min(pause_s, deadline.remaining_s))  # the server was too busy to let us wait
 
     def _watch(
-        self, model: ModelKey, timeout_s: float, deadline: Deadline, enough: Callable[[list[Offer]], bool]
-    ) -> tuple[list[Offer], bool]:
+        self, stub: pb_grpc.DirectoryStub, model: ModelKey, timeout_s: float, deadline: Deadline,
+        enough: Callable[[list[Offer]], bool],
+    ) -> tuple[list[Offer], bool]:  # fmt: skip
         """The offers when they were enough, or when the stream ended, and which of the two it was."""
         held: dict[tuple[str, int], Offer] = {}
         offers: list[Offer] | None = None
-        stream = self._stub.Watch(pb.WatchRequest(model=codec.encode_model(model)), timeout=timeout_s)
+        stream = stub.Watch(pb.WatchRequest(model=codec.encode_model(model)), timeout=timeout_s)
         try:
             for event in stream:
                 if event.change == pb.WatchEvent.ANNOUNCED:
@@ -221,7 +242,10 @@ class CoordinatorClient:
         deadline = self._deadline(deadline)
         for message in self._announcements(model, deadline):
             if message.files:
-                return self._blobs.files(message.files, self._fetching(deadline))
+                try:
+                    return self._blobs.files(message.files, self._fetching(deadline))
+                except _BlobMissing as error:
+                    log.warning("%s", error.message)
         raise CoordinatorError(
             f"no seed of {model} at coordinator {self.url} has announced files",
             next_step="start a seed, or give the model's directory",
@@ -229,20 +253,22 @@ class CoordinatorClient:
 
     def _announcements(self, model: ModelKey, deadline: Deadline) -> list[pb.Announcement]:
         request = pb.DiscoverRequest(model=codec.encode_model(model))
-        return self._retry(lambda t: list(self._stub.Discover(request, timeout=t)), deadline, f"looking for seeds of {model}")
+        doing = f"looking for seeds of {model}"
+        return self._retry(lambda stub, t: list(stub.Discover(request, timeout=t)), deadline, doing)
 
     def _offer(self, message: pb.Announcement, deadline: Deadline) -> Offer | None:
         fetch = self._fetching(deadline)
         try:
             digests = self._blobs.digests(message.digests, fetch) if message.digests else None
             return codec.decode_offer(message, self._blobs.layout(message.layout, fetch), digests)
-        except ManifestError as error:
+        except (ManifestError, _BlobMissing) as error:
             log.warning("left out %s, whose offer can't be read: %s", codec.decode_source(message.source), error)
             return None
 
     def _fetching(self, deadline: Deadline) -> Callable[[str], Blob]:
         def fetch(digest: str) -> Blob:
-            reply = self._call(self._stub.GetBlob, pb.GetBlobRequest(digest=digest), deadline, "getting a blob")
+            request = pb.GetBlobRequest(digest=digest)
+            reply = self._retry(lambda stub, t: stub.GetBlob(request, timeout=t), deadline, "getting a blob", _BlobMissing)
             return codec.unpack(reply.blob)
 
         return fetch
@@ -254,50 +280,80 @@ class CoordinatorClient:
         gets that or none does, except one that the coordinator can't answer: it raises and must not go on.
 
         Raises CommitError naming the rank that aborted and why; DeadlineExceeded naming the ranks that didn't vote,
-        after an abort in this rank's name so that the others don't wait either."""
+        after an abort in this rank's name so that the others don't wait either; CoordinatorError, at once, when the coordinator
+        has restarted and forgotten what the group had voted."""
         key = Round(group, number)
         missing: tuple[int, ...] = ()
+        voted, pause_s = False, _REASK_S[0]
         while True:
-            wait_s = min(_AGREE_WAIT_S, deadline.remaining_s)
-            request = _vote(key, rank, size, wait_s)
-            request.payload = payload
+            wait_s = min(_AGREE_WAIT_S, max(0.0, deadline.remaining_s - _SHORTEST_S))
+            request = _vote(key, rank, size, wait_s, self._epochs.get(group, ""))
+            if voted or not request.epoch:
+                request.asks = True
+            else:
+                request.payload = payload
             asked_s = time.monotonic()
             try:
-                reply = self._call(self._stub.Agree, request, deadline, f"agreeing on {key}", timeout_s=wait_s + _LAST_WORD_S)
-            except (CoordinatorError, DeadlineExceeded):
+                reply = self._agree(request, deadline, f"agreeing on {key}", wait_s + _LATE_S)
+            except (CoordinatorError, DeadlineExceeded) as error:
                 if deadline.remaining_s > 0:
                     raise
-                return self._last_word(key, rank, size, missing)
+                return self._last_word(key, rank, size, missing, deadline, error)
+            if reply.WhichOneof("outcome") is None:
+                if request.epoch:
+                    raise self._forgotten(key)
+                self._epochs[group] = reply.epoch
+                continue
+            voted = True
             if reply.WhichOneof("outcome") != "pending":
                 return _decided(reply, key)
             missing = tuple(reply.pending.missing)
             if deadline.remaining_s == 0:
-                return self._last_word(key, rank, size, missing)
-            if time.monotonic() - asked_s < wait_s / 2:  # the server was too busy to let us wait
-                time.sleep(min(_REASK_S, deadline.remaining_s))
+                return self._last_word(key, rank, size, missing, deadline)
+            if time.monotonic() - asked_s < wait_s / 2 or wait_s == 0:  # the server was too busy to let us wait
+                time.sleep(min(pause_s, deadline.remaining_s))
+                pause_s = min(2 * pause_s, _REASK_S[1])
 
-    def _last_word(self, key: Round, rank: int, size: int, missing: tuple[int, ...]) -> list[bytes]:
-        """Abort, since time is up, unless all have agreed in the meantime."""
-        request = _vote(key, rank, size, 0.0)
-        request.abort = f"its deadline passed while waiting for rank {', '.join(map(str, missing[:16])) or 'unknown'}"
-        reply = self._call(self._stub.Agree, request, Deadline.after(_LAST_WORD_S), f"aborting {key}")
+    def _last_word(
+        self, key: Round, rank: int, size: int, missing: tuple[int, ...], deadline: Deadline, cause: PeerloadError | None = None
+    ) -> list[bytes]:
+        """Abort, since time is up, unless all have agreed in the meantime. `cause`: what kept this rank from hearing that."""
+        epoch = self._epochs.get(key.group, "")
+        names = ", ".join(map(str, missing[:16])) or "unknown"
+        request = _vote(key, rank, size, 0.0, epoch)
+        request.abort = f"its deadline passed while waiting for rank {names}"
+        try:
+            reply = self._agree(request, Deadline(deadline.at_s + _LAST_WORD_S, deadline.clock), f"aborting {key}")
+        except PeerloadError as unheard:
+            raise cause or unheard from unheard
+        if epoch and reply.epoch != epoch:
+            raise self._forgotten(key)
         if reply.WhichOneof("outcome") == "aborted" and reply.aborted.rank == rank:
-            raise DeadlineExceeded(
-                f"{key}: rank {', '.join(map(str, missing[:16])) or 'unknown'} of {size} did not vote in time",
-                next_step="look at that rank's log",
-            )
+            raise DeadlineExceeded(f"{key}: rank {names} of {size} did not vote in time", next_step="look at that rank's log")
         return _decided(reply, key)
 
     def abort(self, group: str, number: int, rank: int, size: int, reason: str, deadline: Deadline | None = None) -> None:
-        """Say no, so that every rank that waits in `agree` raises CommitError with this reason."""
-        request = _vote(Round(group, number), rank, size, 0.0)
+        """Say no, so that every rank that waits in `agree` raises CommitError with this reason. Tries for `timeout_s` at most,
+        and no longer than until a moment after `deadline`."""
+        request = _vote(Round(group, number), rank, size, 0.0, self._epochs.get(group, ""))
         request.abort = reason[:_MAX_REASON]
-        self._call(self._stub.Agree, request, self._deadline(deadline), "aborting")
+        limit = self._deadline(None) if deadline is None else Deadline(deadline.at_s + _LAST_WORD_S, deadline.clock)
+        self._agree(request, limit.within(self._timeout_s), "aborting")
+
+    def _agree(self, request: pb.AgreeRequest, deadline: Deadline, doing: str, patience_s: float = math.inf) -> pb.AgreeReply:
+        return self._retry(lambda stub, t: stub.Agree(request, timeout=t), deadline, doing, patience_s=patience_s)
+
+    def _forgotten(self, key: Round) -> CoordinatorError:
+        return CoordinatorError(
+            f"coordinator {self.url} has restarted and forgotten the votes of {key}; whether the other ranks agreed is unknown",
+            next_step="start this instance again, all ranks of it; with `--store sqlite:PATH` a coordinator forgets no vote",
+        )
 
     # For people.
 
     def status(self, deadline: Deadline | None = None) -> Status:
-        reply = self._call(self._stub.Status, pb.StatusRequest(), self._deadline(deadline), "asking for its status")
+        deadline = self._deadline(deadline)
+        reply = self._retry(lambda stub, t: stub.Status(pb.StatusRequest(), timeout=t), deadline, "asking for its status")
         holdings = tuple(
             Holding(
                 codec.decode_model(h.model), codec.decode_source(h.source), codec.decode_parallel(h.parallel), h.nbytes,
@@ -313,27 +369,49 @@ class CoordinatorClient:
     def _deadline(self, deadline: Deadline | None) -> Deadline:
         return Deadline.after(self._timeout_s) if deadline is None else deadline
 
-    def _call(
-        self, call: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request, deadline: Deadline, doing: str,
-        absent: type[CoordinatorError] = CoordinatorError, timeout_s: float | None = None,
-    ) -> _Reply:  # fmt: skip
-        return self._retry(lambda t: call(request, timeout=t if timeout_s is None else timeout_s), deadline, doing, absent)
-
     def _retry(
-        self, attempt: Callable[[float], _Reply], deadline: Deadline, doing: str,
-        absent: type[CoordinatorError] = CoordinatorError,
+        self, attempt: Callable[[pb_grpc.DirectoryStub, float], _Reply], deadline: Deadline, doing: str,
+        absent: type[CoordinatorError] = CoordinatorError, patience_s: float = math.inf,
     ) -> _Reply:  # fmt: skip
-        """`attempt(timeout_s)` until it succeeds, fails for another reason than an absent coordinator, or time is up.
-        All calls are idempotent. `absent`: what NOT_FOUND means here."""
+        """`attempt(stub, timeout_s)` until it succeeds, fails for another reason than an absent coordinator, or time is up.
+        All calls are idempotent. `absent`: what NOT_FOUND means here. `patience_s`: when an attempt is given up for another."""
         pause_s, longest_s = _BACKOFF_S
         while True:
-            try:
-                return attempt(max(deadline.remaining_s, _SHORTEST_S))
-            except grpc.RpcError as error:
-                if error.code() not in _AGAIN or deadline.remaining_s == 0:
-                    raise self._error(error, doing, absent) from error
+            with self._connected() as line:
+                try:
+                    return attempt(line.stub, min(max(deadline.remaining_s, _SHORTEST_S), patience_s))
+                except grpc.RpcError as error:
+                    late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and patience_s < math.inf
+                    if not (late or error.code() in _AGAIN) or deadline.remaining_s == 0:
+                        raise self._error(error, doing, absent) from error
+            self._reconnect(line)
             time.sleep(min(pause_s, deadline.remaining_s))
             pause_s = min(2 * pause_s, longest_s)
+
+    @contextmanager
+    def _connected(self) -> Iterator[_Line]:
+        """The line that calls use now, open until this one is over."""
+        with self._lock:
+            line = self._line
+            line.calls += 1
+        try:
+            yield line
+        finally:
+            with self._lock:
+                line.calls -= 1
+                unused = line is not self._line and not line.calls
+            if unused:
+                line.channel.close()
+
+    def _reconnect(self, broken: _Line) -> None:
+        """A fresh line for the calls to come, unless another thread has seen to that. Those under way end by themselves."""
+        with self._lock:
+            if self._line is not broken:
+                return
+            self._line = _Line(self.url)
+            unused = not broken.calls
+        if unused:
+            broken.channel.close()
 
     def _error(self, error: grpc.RpcError, doing: str, absent: type[CoordinatorError]) -> PeerloadError:
         """The one place where gRPC's errors become ours."""
@@ -356,8 +434,8 @@ class CoordinatorClient:
         return CoordinatorError(f"coordinator {self.url} refused ({doing}): {code.name}: {details}", next_step=_LOOK)
 
 
-def _vote(key: Round, rank: int, size: int, wait_s: float) -> pb.AgreeRequest:
-    return pb.AgreeRequest(group=key.group, round=key.number, rank=rank, size=size, wait_s=wait_s)
+def _vote(key: Round, rank: int, size: int, wait_s: float, epoch: str) -> pb.AgreeRequest:
+    return pb.AgreeRequest(group=key.group, round=key.number, rank=rank, size=size, wait_s=wait_s, epoch=epoch)
 
 
 def _decided(reply: pb.AgreeReply, key: Round) -> list[bytes]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
 from ..directory import MAX_RANKS, Record
@@ -47,6 +49,12 @@ MAX_ENDPOINTS: Final = 16
 MAX_DESCRIPTION_NBYTES: Final = 16 << 20
 MAX_ATTRIBUTES: Final = 64
 MAX_TEXT: Final = 4096
+#: Most elements of repeated fields (names, constants, endpoints) in one message, nested ones included. DeepSeek-V3 has 90,427
+#: tensors. 64 MiB of empty ones would take 2.3 GB once parsed.
+MAX_PARTS: Final = 1_000_000
+#: Most constants of a layout, and most dimensions of one.
+_MAX_CONSTANTS: Final = 100_000
+_MAX_NDIM: Final = 64
 #: Bounds under which sums and products of two columns stay inside int64.
 _MAX_EXTENT: Final = 1 << 48
 _MAX_NBYTES: Final = 1 << 60
@@ -106,10 +114,67 @@ def unpack(message: pb.Blob) -> Blob:
 
 
 def parse(message: type[_M], data: bytes, field: str) -> _M:
+    """Raises ManifestError for what is no such message, and, before it takes memory, for one of more than MAX_PARTS parts."""
+    kind = cast("Descriptor", message.DESCRIPTOR)
+    if _most_parts(kind, data) > MAX_PARTS and _parts(kind, data, 0, len(data), MAX_PARTS) > MAX_PARTS:
+        raise ManifestError(field, f"has more than {MAX_PARTS} parts")
     try:
         return message.FromString(data)
     except DecodeError as error:
         raise ManifestError(field, f"is no {message.DESCRIPTOR.name} message") from error
+
+
+@cache
+def _starts(kind: Descriptor) -> frozenset[int]:
+    """How an element of a repeated field can start, here or in a nested message: the low seven bits of its tag. (The eighth says
+    whether more of the tag follows: https://protobuf.dev/programming-guides/encoding.)"""
+    own = {number << 3 & 0x78 | 2 for number, field in kind.fields_by_number.items() if field.is_repeated}
+    return frozenset(own).union(*(_starts(field.message_type) for field in kind.fields if field.message_type is not None))
+
+
+def _most_parts(kind: Descriptor, data: bytes) -> int:
+    """An upper bound of `_parts`, at the speed of memory. Needs a schema without repeated numbers: our columns are bytes."""
+    if len(data) <= MAX_PARTS:
+        return len(data)
+    low = np.frombuffer(data, np.uint8) & 0x7F
+    return sum(int(np.count_nonzero(low == start)) for start in _starts(kind))
+
+
+def _parts(kind: Descriptor, data: bytes, start: int, stop: int, enough: int) -> int:
+    """Elements of repeated fields in the message `data[start:stop]`, nested ones included; counts a little beyond `enough`. What
+    is no message is counted up to where it goes wrong."""
+    fields, count = kind.fields_by_number, 0
+    try:
+        while start < stop and count <= enough:
+            tag, start = _varint(data, start)
+            field, wire = fields.get(tag >> 3), tag & 7
+            count += field is not None and field.is_repeated
+            if wire == 2:
+                length, start = _varint(data, start)
+                if field is not None and field.message_type is not None:
+                    count += _parts(field.message_type, data, start, min(start + length, stop), enough - count)
+                start += length
+            elif wire in (1, 5):
+                start += 8 if wire == 1 else 4
+            elif wire == 0:
+                _, start = _varint(data, start)
+            else:  # groups: none of our messages has one
+                return enough + 1
+    except IndexError:
+        pass  # cut short: the parser says so
+    return count
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    """The number that starts there, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = data[start]
+        number |= (byte & 0x7F) << shift
+        start += 1
+        if byte < 0x80:
+            return number, start
+        shift += 7
 
 
 def _bytes_of(column: IntArray) -> bytes:
@@ -194,7 +259,10 @@ def encode_layout(layout: Layout, catalog: str) -> Blob:
             buffer=_bytes_of(p.buffer), offset=_bytes_of(p.offset), stride=_bytes_of(p.stride),
         ),
         constant=[
-            pb.Constant(buffer=c.buffer, offset=c.offset, shape=c.shape, stride=c.strides, fill=c.fill) for c in layout.constants
+            pb.Constant(
+                buffer=c.buffer, offset=c.offset, shape=_numbers(c.shape), stride=_numbers(c.strides), fill=c.fill
+            )
+            for c in layout.constants
         ],
         opaque=[
             pb.Opaque(
@@ -225,25 +293,39 @@ def decode_layout(data: bytes, catalog_of: Callable[[str], Catalog]) -> Layout:
         offset=_column(p.offset, "layout.pieces.offset"),
         stride=_table(p.stride, "layout.pieces.stride", width, -_MAX_NBYTES),
     )
+    if len(message.constant) > _MAX_CONSTANTS:
+        raise ManifestError("layout.constants", f"are {len(message.constant)}, at most {_MAX_CONSTANTS} are allowed")
     reach = np.abs((pieces.stop - pieces.start - 1) * np.abs(pieces.stride).astype(np.float64)).sum(axis=1)
     if (reach > _MAX_NBYTES).any():
         raise ManifestError(f"layout.pieces[{int(np.argmax(reach > _MAX_NBYTES))}].stride", "reaches beyond any buffer")
-    for i, c in enumerate(message.constant):
-        span = sum(abs(n * step) for n, step in zip(c.shape, c.stride, strict=False))
-        if max(abs(c.offset), span) > _MAX_NBYTES or min(c.shape, default=1) < 1:
-            raise ManifestError(f"layout.constants[{i}].shape", "has an extent below 1, or reaches beyond any buffer")
     return Layout(
         catalog=catalog,
         buffer_names=tuple(message.buffer_name),
         buffer_nbytes=_column(message.buffer_nbytes, "layout.buffer_nbytes"),
         pieces=pieces,
-        constants=tuple(Constant(c.buffer, c.offset, tuple(c.shape), tuple(c.stride), c.fill) for c in message.constant),
+        constants=tuple(_constant(c, f"layout.constants[{i}]") for i, c in enumerate(message.constant)),
         opaques=tuple(Opaque(o.name, o.tag, o.buffer, o.offset, o.nbytes, tuple(o.covers), o.reason) for o in message.opaque),
         aliases={pair.name: pair.text for pair in message.alias},
         ignored={pair.name: pair.text for pair in message.ignored},
         parallel=decode_parallel(message.parallel),
         rank=message.rank,
     )
+
+
+def _numbers(numbers: Sequence[int]) -> bytes:
+    return _bytes_of(np.array(numbers, np.int64))
+
+
+def _constant(message: pb.Constant, field: str) -> Constant:
+    for name, data in (("shape", message.shape), ("stride", message.stride)):
+        if len(data) > 8 * _MAX_NDIM:
+            raise ManifestError(f"{field}.{name}", f"has {len(data)} bytes, at most {8 * _MAX_NDIM} are allowed")
+    shape = tuple(_column(message.shape, f"{field}.shape", 1, _MAX_EXTENT).tolist())
+    stride = tuple(_column(message.stride, f"{field}.stride", -_MAX_NBYTES).tolist())
+    span = sum(abs(n * step) for n, step in zip(shape, stride, strict=False))
+    if max(abs(message.offset), span) > _MAX_NBYTES:
+        raise ManifestError(f"{field}.shape", "reaches beyond any buffer")
+    return Constant(message.buffer, message.offset, shape, stride, message.fill)
 
 
 def encode_digests(digests: npt.NDArray[np.uint64]) -> Blob:

@@ -1,6 +1,7 @@
 """What the coordinator does, without gRPC: `Directory` and `Ballot` under one lock, a store beneath them, a clock beside.
 
-Written to the store before anyone hears of it. Methods take and return messages, since records are kept as they came.
+A yes is in the store before it counts, so no decision is told that a restart could change. A no counts at once, and is
+stored as soon as the store can be written. Methods take and return messages, since records are kept as they came.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
-from ..directory import Ballot, Change, Directory, Event, Lease, Outcome, Pending, Record
-from ..errors import CoordinatorError, ManifestError
+from ..directory import Ballot, Change, Directory, Event, Lease, Outcome, Pending, Record, Round
+from ..errors import CoordinatorError, ManifestError, PeerloadError
 from ..manifest import Catalog, ModelKey, Parallel, SourceId
 from . import codec
 from ._generated import peerload_pb2 as pb
 from .codec import Blob, Kind
-from .store import Store, StoredBlob, Vote
+from .store import Store, StoredBlob, StoreFailed, Vote
 
 log = logging.getLogger(__name__)
 
-#: Calls that may wait at one time; later ones get what there is at once.
-WAITERS: Final = 256
+#: Calls that may wait at one time; later ones get what there is at once, and ask again.
+WAITERS: Final = 4096
 #: How long a blob that no live record stands on is kept, seconds: a seed may be about to announce it.
 BLOB_KEEP_S: Final = 3600.0
 _SWEEP_EVERY_S: Final = 60.0
+#: Blobs that one call may ask for by digest: an announcement has four.
+_MAX_ASKED: Final = 1024
 _MAX_PAYLOAD_NBYTES: Final = 1 << 20
 _MAX_REASON: Final = 4096
 
@@ -57,6 +60,16 @@ class Watched:
     events: SimpleQueue[Event | None] | None
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """The calls that wait for one round. `outcome`: how it stood when they were woken; `failed`: why that says nothing."""
+
+    woken: threading.Condition
+    calls: int = 0
+    outcome: Outcome | None = None
+    failed: StoreFailed | None = None
+
+
 class Core:
     """Thread-safe. `clock` gives seconds and never stops while the coordinator runs; no reading of it is stored, so
     the monotonic clock serves, and no jump of the wall clock ends a lease. Owns the store."""
@@ -65,7 +78,7 @@ class Core:
         self._store = store
         self._clock = clock
         self._started_s = self._swept_s = clock()
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         self._decoding = threading.Lock()  # one blob at a time: each may take 64 MiB while it is checked
         self._directory, self._ballot = Directory(), Ballot()
         self._outlines: dict[str, Outline] = {}
@@ -73,7 +86,10 @@ class Core:
         self._catalog: tuple[str, Catalog] | None = None
         self._touched_s: dict[str, float] = {}
         self._watchers: dict[ModelKey, set[SimpleQueue[Event | None]]] = {}
-        self._waiting = 0
+        self._rounds: dict[Round, _Waiting] = {}
+        self._unsaved: list[Vote] = []  # aborts that the store does not have yet
+        self._over: list[Round] = []  # rounds that the store has yet to forget
+        self._waiting, self._room = 0, WAITERS
         self._closed = False
         self._restore()
 
@@ -88,7 +104,16 @@ class Core:
                 log.warning("forgot %s, which the store has only in part: %s", codec.decode_source(announcement.source), error)
         self._directory.restore(self._store.generations(), leases, self._started_s)
         for vote in self._store.votes():
-            self._cast(vote)
+            try:
+                self._cast(vote)
+            except PeerloadError as error:
+                log.warning("forgot a vote of %s: %s", vote.round, error)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait now."""
+        with self._lock:
+            return self._waiting
 
     # Blobs.
 
@@ -98,10 +123,14 @@ class Core:
             return
         with self._decoding:
             self._examine(codec.unpack(message))
+            with self._lock:
+                self._touched_s[message.digest] = self._clock()  # before it is there, or the next sweep may drop it
             self._store.put_blob(StoredBlob(message.kind, message.digest, message.nbytes, message.packed))
 
     def missing(self, digests: list[str]) -> list[str]:
         """Those not here. The others are kept for BLOB_KEEP_S at least."""
+        if len(digests) > _MAX_ASKED:
+            raise ManifestError("digest", f"{len(digests)} are asked for, at most {_MAX_ASKED} are allowed")
         with self._lock:
             here = {digest for digest in digests if self._store.has_blob(digest)}
             self._touched_s.update(dict.fromkeys(here, self._clock()))
@@ -119,11 +148,12 @@ class Core:
             raise ManifestError(kind.name.lower(), f"blob {digest[:12]} is a {blob.kind.name}")
         return blob
 
-    def _examine(self, blob: Blob) -> None:
-        """Decode, which checks, and keep what announcements are compared with."""
+    def _examine(self, blob: Blob) -> Outline | int:
+        """Decode, which checks, and keep what announcements are compared with: the outline of a layout, the rows of others."""
         if blob.kind is Kind.CATALOG:
             self._catalog = blob.digest, codec.decode_catalog(blob.data)
-        elif blob.kind is Kind.LAYOUT:
+            return len(self._catalog[1])
+        if blob.kind is Kind.LAYOUT:
             used: list[str] = []
 
             def catalog_of(digest: str) -> Catalog:
@@ -133,19 +163,31 @@ class Core:
                 return self._catalog[1]
 
             layout = codec.decode_layout(blob.data, catalog_of)
-            self._outlines[blob.digest] = Outline(
-                used[0], len(layout.buffer_names), len(layout.pieces), layout.nbytes, layout.parallel
-            )
-        elif blob.kind is Kind.DIGESTS:
-            self._digest_rows[blob.digest] = len(codec.decode_digests(blob.data))
-        else:
-            codec.decode_files(blob.data)
+            outline = Outline(used[0], len(layout.buffer_names), len(layout.pieces), layout.nbytes, layout.parallel)
+            self._outlines[blob.digest] = outline
+            return outline
+        if blob.kind is Kind.DIGESTS:
+            self._digest_rows[blob.digest] = rows = len(codec.decode_digests(blob.data))
+            return rows
+        return len(codec.decode_files(blob.data))
 
     def _outline(self, digest: str) -> Outline:
-        if digest not in self._outlines:
+        outline = self._outlines.get(digest)  # the sweep may take it away at any time
+        if outline is None:
             with self._decoding:
-                self._examine(self._unpacked(digest, Kind.LAYOUT))
-        return self._outlines[digest]
+                made = self._examine(self._unpacked(digest, Kind.LAYOUT))
+            assert isinstance(made, Outline)
+            return made
+        return outline
+
+    def _rows(self, digest: str) -> int:
+        rows = self._digest_rows.get(digest)
+        if rows is None:
+            with self._decoding:
+                made = self._examine(self._unpacked(digest, Kind.DIGESTS))
+            assert isinstance(made, int)
+            return made
+        return rows
 
     # Leases.
 
@@ -166,10 +208,7 @@ class Core:
         if len(announcement.address) != 8 * outline.buffers:
             raise ManifestError("binding.address", f"has {len(announcement.address)} bytes for {outline.buffers} buffers")
         if announcement.digests:
-            if announcement.digests not in self._digest_rows:
-                with self._decoding:
-                    self._examine(self._unpacked(announcement.digests, Kind.DIGESTS))
-            rows = self._digest_rows[announcement.digests]
+            rows = self._rows(announcement.digests)
             if rows != outline.pieces:
                 raise ManifestError("binding.digests", f"has {rows} rows for {outline.pieces} pieces")
         if announcement.files:
@@ -193,7 +232,7 @@ class Core:
         queue: SimpleQueue[Event | None] = SimpleQueue()
         with self._lock:
             leases = self._directory.leases(self._clock(), model)
-            waits = self._waiting < WAITERS and not self._closed
+            waits = self._waiting < self._room and not self._closed
             if waits:
                 self._waiting += 1
                 self._watchers.setdefault(model, set()).add(queue)
@@ -208,35 +247,101 @@ class Core:
                         del self._watchers[model]
 
     def _publish(self, events: list[Event]) -> None:
-        ended = [event.record.source for event in events if event.change is not Change.ANNOUNCED]
-        if ended:
-            self._store.end(ended)
         for event in events:
             log.info("%s %s of %s", event.change, event.record.source, event.record.model)
             for queue in self._watchers.get(event.record.model, ()):
                 queue.put(event)
+        ended = [event.record.source for event in events if event.change is not Change.ANNOUNCED]
+        if ended:
+            try:
+                self._store.end(ended)
+            except StoreFailed as error:  # after a restart they would be offered once more, for one `ttl_s`
+                log.warning("%s", error)
 
     # Agreement.
 
+    @property
+    def epoch(self) -> str:
+        """Names the memory in which votes are kept: new when earlier ones were forgotten."""
+        return self._store.epoch
+
     def agree(self, vote: Vote, wait_s: float) -> Outcome:
-        """Cast a vote (again), then wait up to `wait_s` for the decision."""
+        """Cast a vote (again), then wait up to `wait_s` for the decision. Raises BallotFull, and StoreFailed when the vote
+        could not be stored and doesn't count."""
         if len(vote.payload) > _MAX_PAYLOAD_NBYTES:
             raise ManifestError("agree.payload", f"has {len(vote.payload)} bytes, at most {_MAX_PAYLOAD_NBYTES} are allowed")
         if vote.abort is not None and len(vote.abort) > _MAX_REASON:
             raise ManifestError("agree.abort", f"has {len(vote.abort)} characters, at most {_MAX_REASON} are allowed")
         with self._lock:
-            outcome = self._cast(vote)
-            self._store.cast(vote)
+            if vote.abort is None:
+                self._save_yes(vote)
+                outcome = self._cast(vote)
+            else:
+                outcome = self._cast(vote)
+                self._unsaved.append(vote)
+                self._try_to_save_aborts()
             if not isinstance(outcome, Pending):
-                self._lock.notify_all()
-            elif wait_s > 0 and self._waiting < WAITERS and not self._closed:
-                self._waiting += 1
-                try:
-                    self._lock.wait_for(lambda: self._closed or not isinstance(self._ballot.outcome(vote.round), Pending), wait_s)
-                    outcome = self._cast(vote)
-                finally:
-                    self._waiting -= 1
+                self._wake(vote.round)
+                return outcome
+            return self._decision(vote.round, outcome, wait_s)
+
+    def ask(self, key: Round, rank: int, wait_s: float) -> Outcome | None:
+        """What `agree` says to a rank that has voted yes. None: no such vote is known."""
+        with self._lock:
+            outcome = self._ballot.ask(key, rank, self._clock())
+            return self._decision(key, outcome, wait_s) if isinstance(outcome, Pending) else outcome
+
+    def _decision(self, key: Round, outcome: Outcome, wait_s: float) -> Outcome:
+        """Wait for it, with the lock, if there is room for one more."""
+        if wait_s <= 0 or self._waiting >= self._room or self._closed:
             return outcome
+        round_ = self._rounds.setdefault(key, _Waiting(threading.Condition(self._lock)))
+        round_.calls += 1
+        self._waiting += 1
+        try:
+            round_.woken.wait(wait_s)
+        finally:
+            self._waiting -= 1
+            round_.calls -= 1
+            if not round_.calls and self._rounds.get(key) is round_:
+                del self._rounds[key]
+        if round_.failed is not None:
+            raise StoreFailed(round_.failed.message, next_step=round_.failed.next_step)
+        return outcome if round_.outcome is None else round_.outcome
+
+    def _wake(self, key: Round, failed: StoreFailed | None = None) -> None:
+        """Whoever waits for this round hears how it stands. They leave it at once, so that later ones wait anew."""
+        round_ = self._rounds.pop(key, None)
+        if round_ is not None:
+            round_.outcome, round_.failed = self._ballot.outcome(key), failed
+            round_.woken.notify_all()
+
+    def _save_yes(self, vote: Vote) -> None:
+        """Before it counts. When that fails, every rank that waits for it is told so: none may take it for an agreement."""
+        self._ballot.check(vote.round, vote.rank, vote.size, vote.payload)
+        if not self._ballot.counts(vote.round, vote.rank, vote.size, vote.payload):
+            return
+        try:
+            self._save_aborts()  # the order of votes decides, after a restart as well
+            self._store.cast(vote)
+        except StoreFailed as error:
+            told = StoreFailed(
+                f"{vote.round}: the vote of rank {vote.rank} could not be stored, so nobody has agreed: {error.message}",
+                next_step="make room on the coordinator's disk, then start the instance again",
+            )
+            self._wake(vote.round, told)
+            raise told from error
+
+    def _save_aborts(self) -> None:
+        while self._unsaved:
+            self._store.cast(self._unsaved[0])
+            del self._unsaved[0]
+
+    def _try_to_save_aborts(self) -> None:
+        try:
+            self._save_aborts()
+        except StoreFailed as error:
+            log.warning("%d aborts are not stored yet: %s", len(self._unsaved), error.message)
 
     def _cast(self, vote: Vote) -> Outcome:
         if vote.abort is not None:
@@ -250,12 +355,15 @@ class Core:
         with self._lock:
             now_s = self._clock()
             self._publish(self._directory.expire(now_s))
-            old = self._ballot.expire(now_s)
-            if old:
-                self._store.forget(old)
+            self._try_to_save_aborts()
+            self._over += self._ballot.expire(now_s)
+            if self._over:
+                self._store.forget(self._over)
+                self._over.clear()
             if now_s - self._swept_s >= _SWEEP_EVERY_S:
                 self._swept_s = now_s
                 self._sweep_blobs(now_s)
+                self._store.prune()
 
     def _sweep_blobs(self, now_s: float) -> None:
         used = {digest for lease in self._directory.leases(now_s) for digest in lease.record.blobs}
@@ -307,10 +415,20 @@ class Core:
         """Send every waiting call home, and let none wait from now on."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
-            for queues in self._watchers.values():
-                for queue in queues:
-                    queue.put(None)
+            self._send_home()
+
+    def narrow(self, room: int) -> None:
+        """Let no more than `room` calls wait from now on, and send those home that do: they ask again."""
+        with self._lock:
+            self._room = max(0, min(room, self._room))
+            self._send_home()
+
+    def _send_home(self) -> None:
+        for key in list(self._rounds):
+            self._wake(key)
+        for queues in self._watchers.values():
+            for queue in queues:
+                queue.put(None)
 
     def close(self) -> None:
         self._store.close()

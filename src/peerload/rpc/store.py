@@ -1,5 +1,5 @@
 """What the coordinator remembers over a restart: blobs, records, generations, votes. One SQLite database, in a file or
-in memory.
+in memory. `epoch` names that memory: it is new where earlier votes are not remembered.
 
 No expiry is stored: after a restart every lease gets a full `ttl_s`, and what was renewed a second ago need not be
 written. Writes survive the death of the process at any point (write-ahead log, one transaction each), not the loss of
@@ -12,7 +12,8 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,25 @@ from ..manifest import SourceId
 #: SQLite's typing is dynamic; the schema below says what a row holds.
 Row = tuple[Any, ...]
 
+#: Counts the schema's changes. A file of another number is refused, by name.
+_VERSION: Final = 1
 _SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS epoch (name TEXT);
 CREATE TABLE IF NOT EXISTS blob (digest TEXT PRIMARY KEY, kind INTEGER, nbytes INTEGER, packed BLOB) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lease (
     instance TEXT, rank INTEGER, generation TEXT, ttl_s REAL, body BLOB, PRIMARY KEY (instance, rank));
 CREATE TABLE IF NOT EXISTS generation (
     instance TEXT, rank INTEGER, generation TEXT, superseded INTEGER, seen_unix_s REAL,
     PRIMARY KEY (instance, rank, generation));
+CREATE INDEX IF NOT EXISTS generation_seen ON generation (seen_unix_s);
 CREATE TABLE IF NOT EXISTS vote (
     id INTEGER PRIMARY KEY, party TEXT, round INTEGER, rank INTEGER, size INTEGER, payload BLOB, abort TEXT, digest TEXT,
     UNIQUE (party, round, rank, size, digest));
 """
+
+
+class StoreFailed(HostError):
+    """What was to be written was not: a full disk, most of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +69,16 @@ class Vote:
 
 
 class Store:
-    """`url` is `memory` or `sqlite:PATH`. A file belongs to one coordinator at a time.
+    """`url` is `memory` or `sqlite:PATH`. A file belongs to one coordinator at a time. `wall` tells the Unix time.
 
     Raises ConfigError for another URL, HostError when the file can't be used."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, wall: Callable[[], float] = time.time) -> None:
         scheme, _, path = url.partition(":")
         if not (url == "memory" or (scheme == "sqlite" and path)):
             raise ConfigError(f"store {url!r} is neither memory nor sqlite:PATH")
         self.url = url
+        self._wall = wall
         self._lock = threading.Lock()
         try:
             if path:
@@ -78,8 +88,21 @@ class Store:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
-            self._db.execute("DELETE FROM generation WHERE superseded AND seen_unix_s < ?", (time.time() - FENCE_S,))
+            (version,), (tables,) = (
+                self._db.execute(query).fetchone() for query in ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+            )
+            if tables and version != _VERSION:
+                self._db.close()
+                raise HostError(
+                    f"store {path} was written by {'a newer' if version > _VERSION else 'another'} peerload: its schema is "
+                    f"version {version}, this one reads {_VERSION}",
+                    next_step="name another file, or delete this one: running seeds announce themselves again",
+                )
+            script = f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;"
+            self._db.executescript(script)
+            self._db.execute("INSERT INTO epoch SELECT ? WHERE NOT EXISTS (SELECT 1 FROM epoch)", (uuid.uuid4().hex,))
+            self.epoch = str(self._db.execute("SELECT name FROM epoch").fetchone()[0])
+            self.prune()
         except (sqlite3.Error, OSError) as error:
             taken = "locked" in str(error)
             raise HostError(
@@ -117,18 +140,32 @@ class Store:
 
     def save(self, source: SourceId, ttl_s: float, body: bytes) -> None:
         """Let this generation hold its seat; the others are superseded."""
-        seat = (source.instance, source.rank)
+        seat, now_s = (source.instance, source.rank), self._wall()
         with self._transaction() as db:
-            db.execute("UPDATE generation SET superseded = 1 WHERE instance = ? AND rank = ?", seat)
-            db.execute("INSERT OR REPLACE INTO generation VALUES (?, ?, ?, 0, ?)", (*seat, source.generation, time.time()))
+            db.execute(
+                "UPDATE generation SET superseded = 1, seen_unix_s = ? WHERE instance = ? AND rank = ? AND NOT superseded",
+                (now_s, *seat),
+            )
+            db.execute("INSERT OR REPLACE INTO generation VALUES (?, ?, ?, 0, ?)", (*seat, source.generation, now_s))
             db.execute("INSERT OR REPLACE INTO lease VALUES (?, ?, ?, ?, ?)", (*seat, source.generation, ttl_s, body))
 
     def end(self, sources: Iterable[SourceId]) -> None:
         """These no longer hold a lease."""
+        rows, now_s = [(s.instance, s.rank, s.generation) for s in sources], self._wall()
         with self._transaction() as db:
+            db.executemany("DELETE FROM lease WHERE instance = ? AND rank = ? AND generation = ?", rows)
             db.executemany(
-                "DELETE FROM lease WHERE instance = ? AND rank = ? AND generation = ?",
-                ((s.instance, s.rank, s.generation) for s in sources),
+                "UPDATE generation SET seen_unix_s = ? WHERE instance = ? AND rank = ? AND generation = ?",
+                ((now_s, *row) for row in rows),
+            )
+
+    def prune(self) -> None:
+        """Forget the generations that ended longer than FENCE_S ago."""
+        with self._transaction() as db:
+            db.execute(
+                "DELETE FROM generation WHERE seen_unix_s < ? AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.instance = "
+                "generation.instance AND lease.rank = generation.rank AND lease.generation = generation.generation)",
+                (self._wall() - FENCE_S,),
             )
 
     def leases(self) -> list[tuple[float, bytes]]:
@@ -168,12 +205,13 @@ class Store:
                 self._db.execute("BEGIN")
                 try:
                     yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:  # a COMMIT that fails may have ended it or not
+                        self._db.execute("ROLLBACK")
             except sqlite3.Error as error:
-                raise HostError(f"store {self.url} can't be written: {error}", next_step="look at the disk it lies on") from error
+                next_step = "look at the disk it lies on"
+                raise StoreFailed(f"store {self.url} can't be written: {error}", next_step=next_step) from error
 
     def _rows(self, query: str) -> list[Row]:
         with self._lock:

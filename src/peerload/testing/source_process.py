@@ -104,7 +104,7 @@ class SourceProcess:
 def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
     told = json.loads(order)
     gpu = "cuda" in told["memory"]
-    transport = open_transport(told["transport"], Config(threads=1), told["memory"].split()[-1] if gpu else "cpu")
+    transport = open_transport(told["transport"], Config(threads=1, interface="lo"), told["memory"].split()[-1] if gpu else "cpu")
     buffers: list[Placed] = []
     kept: list[object] = []
     joint = told["registration"] == "arena"

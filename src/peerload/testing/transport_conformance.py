@@ -16,7 +16,10 @@ process wherever the transport can reach one.
 from __future__ import annotations
 
 import abc
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -83,10 +86,14 @@ class Scene:
             batch = Batch.of_runs(*batch.runs())
         at_most = limits.max_operations or max(1, len(batch))
         for first in range(0, max(1, len(batch)), at_most):
-            self.reader.read(self.peer, batch.take(slice(first, first + at_most)), deadline or Deadline.after(20))
+            self.reader.read(self.peer, batch.take(slice(first, first + at_most)), deadline or soon())
 
     def landed(self, offset: int, nbytes: int) -> Bytes:
         return np.frombuffer(self.arena.read(self.here + offset, nbytes), np.uint8)
+
+
+def soon() -> Deadline:
+    return Deadline.after(20)
 
 
 def strided(src: int, dst: int, run: int, count: Sequence[int], src_step: Sequence[int], dst_step: Sequence[int]) -> Batch:
@@ -104,7 +111,11 @@ def runs(src: IntArray, dst: IntArray, nbytes: int) -> Batch:
 
 
 class TransportConformance(abc.ABC):
-    """Tests read from the source's buffer 0 unless they say otherwise; the oracle copies run by run with NumPy."""
+    """Tests read from the source's buffer 0 unless they say otherwise; the oracle copies run by run with NumPy.
+
+    reads_need_the_source: a read stands still while the source's process is stopped."""
+
+    reads_need_the_source = False
 
     @abc.abstractmethod
     def source(self, nbytes: Sequence[int], registration: str) -> AbstractContextManager[Source]:
@@ -126,7 +137,7 @@ class TransportConformance(abc.ABC):
                 here = arena.allocate(HERE_NBYTES, 4096)
                 arena.write(here, bytes([UNTOUCHED]) * HERE_NBYTES)
                 reader.register([arena.region()])
-                yield Scene(source, reader, reader.connect(source.description, "source"), arena, here)
+                yield Scene(source, reader, reader.connect(source.description, "source", soon()), arena, here)
         finally:
             reader.close()
 
@@ -234,12 +245,12 @@ class TransportConformance(abc.ABC):
     def test_a_source_registers_more(self) -> None:
         with self.scene() as scene:
             index = scene.source.register_more(50_000)
-            again = scene.reader.connect(scene.source.description, "source")
+            again = scene.reader.connect(scene.source.description, "source", soon())
             batch = strided(scene.source.address[index], scene.here, 50_000, [], [], [])
-            scene.reader.read(again, batch, Deadline.after(20))
+            scene.reader.read(again, batch, soon())
             assert np.array_equal(scene.landed(0, 50_000), content(index, 50_000))
             old = strided(scene.source.address[0], scene.here, 50_000, [], [], [])
-            scene.reader.read(scene.peer, old, Deadline.after(20))
+            scene.reader.read(scene.peer, old, soon())
             assert np.array_equal(scene.landed(0, 50_000), content(0, SIZES[0])[:50_000])
 
     def test_a_reader_registers_more(self) -> None:
@@ -264,7 +275,7 @@ class TransportConformance(abc.ABC):
             ][row]
             good = strided(src, scene.here + 1000, 100, [], [], [])
             both = Batch(*(np.concatenate([getattr(p, f) for p in (good, bad)]) for f in Batch.__slots__))
-            with pytest.raises(PlanError, match=r"src\["):
+            with pytest.raises(SourceLost, match=r"source: batch.src\["):
                 scene.read(both)
             assert (scene.landed(0, HERE_NBYTES) == UNTOUCHED).all(), "something moved"
 
@@ -292,7 +303,7 @@ class TransportConformance(abc.ABC):
                 with pytest.raises(SourceLost, match="source"):
                     scene.read(batch)
             with pytest.raises(SourceUnreachable):
-                scene.reader.connect(scene.source.description, "source")
+                scene.reader.connect(scene.source.description, "source", soon())
 
     def test_a_source_that_dies_while_it_is_read(self) -> None:
         """Whatever the moment: the reader gets an error, and every read that succeeded brought the right bytes."""
@@ -329,17 +340,60 @@ class TransportConformance(abc.ABC):
 
     def test_two_connections_to_one_source(self) -> None:
         with self.scene() as scene:
-            second = scene.reader.connect(scene.source.description, "source")
+            second = scene.reader.connect(scene.source.description, "source", soon())
             assert second != scene.peer
             for offset, peer in enumerate((scene.peer, second)):
                 batch = strided(scene.source.address[0] + offset, scene.here + 1000 * offset, 1000, [], [], [])
-                scene.reader.read(peer, batch, Deadline.after(20))
+                scene.reader.read(peer, batch, soon())
                 assert np.array_equal(scene.landed(1000 * offset, 1000), content(0, SIZES[0])[offset : offset + 1000])
+
+    @pytest.mark.parametrize("limit_s", [20.0, 0.7])
+    def test_a_source_that_is_stopped_while_it_is_read_writes_nothing_later(self, limit_s: float) -> None:
+        """Either the read needs nothing of the source's process (its memory is mapped here, or the kernel reads it) and succeeds,
+        or it gives up, for want of progress or at its deadline; then no byte may arrive once the process goes on."""
+        if limit_s < 20 and not self.reads_need_the_source:
+            pytest.skip("the read would succeed")
+        nbytes = 192 << 20
+        reader = self.reader()
+        with self.source([nbytes], "arena") as source, closing(self.destination(nbytes)) as arena, closing(reader):
+            pid = getattr(source, "pid", None)
+            if pid is None:
+                pytest.skip("this source lives in the test's own process")
+            here = arena.allocate(nbytes, 4096)
+            arena.write(here, bytes([UNTOUCHED]) * nbytes)
+            reader.register([arena.region()])
+            peer = reader.connect(source.description, "source", soon())
+            scene, lost = Scene(source, reader, peer, arena, here), list[Exception]()
+            batch, _ = strided(source.address[0], here, nbytes, [], [], []).cut(reader.limits.max_batch_nbytes)
+
+            def read() -> None:
+                try:
+                    for row in range(len(batch)):
+                        reader.read(peer, batch.take(slice(row, row + 1)), Deadline.after(limit_s))
+                except (SourceLost, DeadlineExceeded) as error:
+                    lost.append(error)
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            while thread.is_alive() and (scene.landed(0, 4096) == UNTOUCHED).all():
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                thread.join(60)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            assert not thread.is_alive()
+            before = scene.landed(0, nbytes).copy()
+            time.sleep(1.0)
+            assert np.array_equal(scene.landed(0, nbytes), before), "bytes arrived after the read had given up"
+            assert bool(lost) == self.reads_need_the_source
+            if not lost:
+                assert np.array_equal(before, content(0, nbytes))
 
     @pytest.mark.parametrize("description", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"version":1}'])
     def test_nonsense_is_no_description(self, description: bytes) -> None:
         with self.scene() as scene, pytest.raises(SourceUnreachable, match="stranger"):
-            scene.reader.connect(description, "stranger")
+            scene.reader.connect(description, "stranger", soon())
 
     def test_closing_twice_and_what_is_refused_afterwards(self) -> None:
         with self.scene() as scene:

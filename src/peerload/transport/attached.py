@@ -3,103 +3,75 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import fcntl
-import json
 import os
-import select
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 
 from ..batch import Batch
 from ..deadline import Deadline
-from ..errors import HostError, SourceLost, SourceUnreachable
+from ..errors import SourceLost, SourceUnreachable
 from ..geometry import IntArray, byte_extents
 from ..native._lib import lib
 from ..native.columns import Columns
-from .handover import PATIENCE_S, Connection
-from .host import boot_id, pid_namespace, ptrace_scope, start_time
+from .descriptions import Process, check_ranges, check_rows, column, whole
+from .host import ptrace_scope
+from .liveness import Liveness
 from .table import RegionTable
 
-VERSION: Final = 1
 #: Mappings begin where huge pages could, if the peer's memory has them.
 ALIGN_NBYTES: Final = 2 << 20
 DENSE_NBYTES: Final = 1 << 16
+#: More address space than a process has.
+SPACE_NBYTES: Final = 1 << 47
 #: Ways to read a row that aren't a descriptor.
 CMA: Final = -1
 MAPPED: Final = -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class Description(Process):
     """What `LocalTransport.describe` says. address, nbytes, file, offset are columns of regions: `file` is the number of
     the memfd that holds the region from byte `offset`, or -1 for memory that only CMA reaches."""
 
-    host: str
-    pid_namespace: int
-    pid: int
-    start_time: int
-    socket: str
-    token: str
-    address: Sequence[int]
-    nbytes: Sequence[int]
-    file: Sequence[int]
-    offset: Sequence[int]
+    address: Annotated[Sequence[int], column(whole(1))]
+    nbytes: Annotated[Sequence[int], column(whole(1))]
+    file: Annotated[Sequence[int], column(whole(-1))]
+    offset: Annotated[Sequence[int], column(whole())]
 
-    def encode(self) -> bytes:
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, data: bytes, source: str) -> Description:
-        """Raises SourceUnreachable for what is no description of ours."""
-        try:
-            told = json.loads(data)
-            if told.pop("version") != VERSION:
-                raise SourceUnreachable(source, "speaks another version of transport local", next_step="run the same release")
-            it = cls(**told)
-            columns = np.array([it.address, it.nbytes, it.file, it.offset], np.int64)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
-        top = np.iinfo(np.int64).max
-        if columns.ndim != 2 or (columns[:2] < 1).any() or (columns[3] < 0).any() or (columns[0] > top - columns[1]).any():
-            raise SourceUnreachable(source, "gave a description with impossible regions")
-        return it
+    def __post_init__(self) -> None:
+        check_rows(address=self.address, nbytes=self.nbytes, file=self.file, offset=self.offset)
+        check_ranges("address", self.address, self.nbytes)
+        check_ranges("offset", self.offset, self.nbytes)
 
 
 class Attached:
-    """Connected and mapped on construction; SourceUnreachable says why not. Use as a context around each read: mappings
-    go when the peer is lost or closed and the last read has left."""
+    """Connected and mapped on construction, by `deadline`; raises SourceUnreachable with the reason. Use as a context around each
+    read: mappings go when the peer is lost or closed and the last read has left."""
 
-    def __init__(self, told: Description, source: str) -> None:
+    def __init__(self, told: Description, source: str, deadline: Deadline) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
         # By region: its address in our mapping and its offset in its file, less its own address; the file, or CMA.
         self._to_window = np.zeros(len(told.address), np.int64)
         self._to_file = np.zeros(len(told.address), np.int64)
         self._file = np.full(len(told.address), CMA, np.int64)
-        self._open: list[int] = []
         self._cma = False
         self._lock = threading.Lock()
         self._readers = 0
         self._over = ""  # why nothing can be read any more
         self._window = (0, 0)
-        self._process = -1
-        if told.host != boot_id():
-            raise SourceUnreachable(source, "is on another host", next_step="offer transport nixl on both sides")
+        self._live = Liveness(told, source, deadline, frozenset(told.file))
+        self._open = list(self._live.files.values())
+        self.pid: Final = self._live.pid  # 0 if it has none here
         try:
-            self._connection = Connection(told.socket, told.token, Deadline.after(PATIENCE_S))
-        except OSError as error:
-            raise SourceUnreachable(source, f"its socket does not answer ({error.strerror or error})") from error
-        try:
-            self.pid = self._identify(told)
-            self._watch()
-            self._map(told)
+            self._map(told, self._live.files)
             self._probe(told)
         except BaseException:
             self.close()
@@ -145,12 +117,11 @@ class Attached:
         return self._cma
 
     def check(self) -> None:
-        """Raise SourceLost unless the peer still vouches for its memory. Mapped memory outlives its owner; trust doesn't."""
-        ended = select.poll()
-        if self._process >= 0:
-            ended.register(self._process, select.POLLIN)
-        if ended.poll(0) or not self._connection.alive():
-            raise self.lost("it closed its transport or died")
+        """Raise SourceLost unless the peer still vouches for its memory."""
+        try:
+            self._live.check()
+        except SourceLost as error:
+            raise self.lost(error.problem) from error
 
     def lost(self, problem: str) -> SourceLost:
         """Marks the peer as lost; returns the error to raise."""
@@ -165,10 +136,7 @@ class Attached:
 
     def _release(self) -> None:
         if self._over and self._readers == 0:
-            self._connection.close()
-            if self._process >= 0:
-                os.close(self._process)
-                self._process = -1
+            self._live.close()
             for fd in self._open:
                 os.close(fd)
             self._open = []
@@ -176,35 +144,8 @@ class Attached:
             if nbytes:
                 lib.peerload_unmap(address, nbytes)
 
-    def _identify(self, told: Description) -> int:
-        """The peer's process id here; 0 if it has none. The kernel says who holds the socket; a description that names
-        somebody else is an old one."""
-        pid = self._connection.pid
-        if told.pid_namespace != pid_namespace():
-            return pid
-        try:
-            same = pid == told.pid and start_time(pid) == told.start_time
-        except ProcessLookupError:
-            same = False
-        if not same:
-            raise SourceUnreachable(self.source, f"process {told.pid} is no longer the one that described itself")
-        return pid
-
-    def _watch(self) -> None:
-        """The connection alone isn't proof of life: a forked child of the peer may hold it."""
-        if self.pid:
-            try:
-                self._process = os.pidfd_open(self.pid)
-            except ProcessLookupError as error:
-                raise SourceUnreachable(self.source, f"process {self.pid} has ended") from error
-
-    def _map(self, told: Description) -> None:
-        """Map every memfd we are given, once, into one reservation, so that nothing else ever lies between."""
-        try:
-            files = self._connection.receive()
-        except (OSError, ValueError, KeyError) as error:
-            raise SourceUnreachable(self.source, f"did not hand over its memory ({error})") from error
-        self._open = list(files.values())
+    def _map(self, told: Description, files: Mapping[int, int]) -> None:
+        """Map every memfd we were given, once, into one reservation, so that nothing else ever lies between."""
         file, address, begin = (np.array(column, np.int64) for column in (told.file, told.address, told.offset))
         end = begin + np.array(told.nbytes, np.int64)
         spans: list[tuple[int, int, int]] = []  # number, first byte, one past the last
@@ -215,15 +156,15 @@ class Attached:
         total = sum(b - a for _, a, b in spans)
         if total == 0:
             return
-        base = lib.peerload_reserve(total + ALIGN_NBYTES)
+        base = lib.peerload_reserve(total + ALIGN_NBYTES) if total < SPACE_NBYTES else 0
         if base == 0:
-            raise HostError(f"no address space for {total} bytes of {self.source}", next_step="raise ulimit -v")
+            raise SourceUnreachable(self.source, f"there is no address space for its {total} bytes", next_step="raise ulimit -v")
         self._window = (base, total + ALIGN_NBYTES)
         at = -(-base & -ALIGN_NBYTES)
         for number, a, b in spans:
             problem = lib.peerload_map(at, b - a, files[number], a, 0)
             if problem:
-                raise HostError(f"memory of {self.source} can't be mapped: {os.strerror(problem)}")
+                raise SourceUnreachable(self.source, f"its memory can't be mapped: {os.strerror(problem)}")
             mine = file == number
             self._to_file[mine] = (begin - address)[mine]
             self._to_window[mine] = at - a + self._to_file[mine]

@@ -33,6 +33,7 @@ class Limits:
     max_operations: runs in one batch (0: no limit).
     max_batch_nbytes: bytes in one batch; also the grain at which work is redone after a lost source.
     same_host: reaches only processes of this host.
+    pins: hands registered pages to a device, which would go on using them after they were replaced by others.
     """
 
     strided: bool
@@ -40,6 +41,7 @@ class Limits:
     max_operations: int = 0
     max_batch_nbytes: int = 64 << 20
     same_host: bool = False
+    pins: bool = False
 
 
 class Mappable(Protocol):
@@ -64,13 +66,14 @@ class Transport(Protocol):
     def describe(self) -> bytes:
         """What a peer needs to connect, valid until the next `register`."""
 
-    def connect(self, description: bytes, source: str) -> str:
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         """Reach the peer that `describe`d itself; returns a handle for `read`. `source` names it in errors.
-        Raises SourceUnreachable."""
+        Raises SourceUnreachable whatever is wrong with the description or the peer, also when it doesn't answer by `deadline`."""
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Move all of `batch` or raise: SourceLost (the peer is gone or refuses; an unknown part was written),
-        DeadlineExceeded. Never returns with a byte missing."""
+        """Move all of `batch` or raise: SourceLost (the peer is gone, refuses, makes no progress, or has not described the
+        memory; an unknown part was written), PlanError (destinations outside our regions; nothing was written),
+        DeadlineExceeded. Never returns with a byte missing, and whether it returns or raises, nothing of it is written later."""
 
     def close(self) -> None:
         """Deregister everything and disconnect. Safe to call twice."""

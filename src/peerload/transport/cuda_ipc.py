@@ -11,14 +11,12 @@ with transport local, and that its weights are still those from the fence.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 
@@ -31,12 +29,12 @@ from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
 from ..geometry import IntArray
 from ..native.columns import Columns
 from .base import Limits, Region
+from .descriptions import Process, check_ranges, check_rows, column, decode, encode, text, whole
 from .handover import Handover
 from .host import boot_id, pid_namespace, start_time
 from .liveness import Liveness
-from .table import RegionTable, destination_extents, source_extents
+from .table import RegionTable, destination_extents
 
-VERSION: Final = 1
 #: Bytes that go to host memory (a fence, staged scales) pass through device memory of this size.
 TO_HOST_NBYTES: Final = 4 << 20
 #: So many runs are sooner copied to host memory one by one.
@@ -44,47 +42,28 @@ FEW: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class Description(Process):
     """What `CudaIpcTransport.describe` says. address, nbytes, block are columns of regions, `block` being the row of the block
     that a region lies in; base, size, handle (hexadecimal) are columns of blocks, all of GPU `gpu`."""
 
-    host: str
-    pid_namespace: int
-    pid: int
-    start_time: int
-    socket: str
-    token: str
-    gpu: str
-    address: Sequence[int]
-    nbytes: Sequence[int]
-    block: Sequence[int]
-    base: Sequence[int]
-    size: Sequence[int]
-    handle: Sequence[str]
+    gpu: Annotated[str, text(r"[!-~]{1,64}")]
+    address: Annotated[Sequence[int], column(whole(1))]
+    nbytes: Annotated[Sequence[int], column(whole(1))]
+    block: Annotated[Sequence[int], column(whole())]
+    base: Annotated[Sequence[int], column(whole(1))]
+    size: Annotated[Sequence[int], column(whole(1))]
+    handle: Annotated[Sequence[str], column(text(rf"[0-9a-f]{{{2 * HANDLE_NBYTES}}}"))]
 
-    def encode(self) -> bytes:
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, data: bytes, source: str) -> Description:
-        """Raises SourceUnreachable for what is no description of ours."""
-        try:
-            told = json.loads(data)
-            if told.pop("version") != VERSION:
-                raise SourceUnreachable(source, "speaks another version of transport cuda_ipc", next_step="run the same release")
-            it = cls(**told)
-            regions = np.array([it.address, it.nbytes, it.block], np.int64).reshape(3, -1)
-            blocks = np.array([it.base, it.size], np.int64).reshape(2, -1)
-            handles = [bytes.fromhex(handle) for handle in it.handle]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
-        (address, nbytes, row), (base, size) = regions, blocks
-        possible = (nbytes > 0).all() and (base > 0).all() and (size > 0).all() and (row >= 0).all() and (row < len(base)).all()
-        if not possible or len(handles) != len(base) or any(len(handle) != HANDLE_NBYTES for handle in handles):
-            raise SourceUnreachable(source, "gave a description with impossible regions")
+    def __post_init__(self) -> None:
+        check_rows(address=self.address, nbytes=self.nbytes, block=self.block)
+        check_rows(base=self.base, size=self.size, handle=self.handle)
+        check_ranges("base", self.base, self.size)
+        address, nbytes, row = (np.array(column, np.int64) for column in (self.address, self.nbytes, self.block))
+        base, size = np.array(self.base, np.int64), np.array(self.size, np.int64)
+        if (row >= len(base)).any():
+            raise ValueError("address has regions in blocks that aren't there")
         if (address < base[row]).any() or (nbytes > size[row]).any() or (address - base[row] > size[row] - nbytes).any():
-            raise SourceUnreachable(source, "gave a description with regions outside their blocks")
-        return it
+            raise ValueError("address has regions outside their blocks")
 
 
 class CudaIpcTransport:
@@ -93,7 +72,7 @@ class CudaIpcTransport:
 
     name = "cuda_ipc"
     #: One launch takes copies of any shape. A batch costs 0.4 ms of its own, in which 150 MB could move between GPUs.
-    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=2 << 30, same_host=True)
+    limits = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=2 << 30, same_host=True, pins=True)
 
     def __init__(self, device: str) -> None:
         self._device = Device(device)
@@ -146,16 +125,20 @@ class CudaIpcTransport:
             if not blocks or not blocks[-1].contains(region.address, region.nbytes):
                 blocks.append(self._block_of(region))
             of.append(len(blocks) - 1)
-        return Description(
+        return encode(Description(
             host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
             socket=self._handover.address, token=self._handover.token, gpu=uuid(self._device.number),
             address=[r.address for r in rows], nbytes=[r.nbytes for r in rows], block=of,
             base=[b.address for b in blocks], size=[b.nbytes for b in blocks],
             handle=[self._exported(b) for b in blocks],
-        ).encode()  # fmt: skip
+        ))  # fmt: skip
 
-    def connect(self, description: bytes, source: str) -> str:
-        peer = _Peer(Description.decode(description, source), source, self._device)
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        told = decode(Description, description, source)
+        try:
+            peer = _Peer(told, source, self._device, deadline)
+        except HostError as error:  # the driver's, about memory or a GPU that the source named
+            raise SourceUnreachable(source, error.message, next_step=error.next_step) from error
         with self._idle:
             if not self._closed:
                 self._connected += 1
@@ -166,7 +149,8 @@ class CudaIpcTransport:
         raise HostError("the transport is closed")
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        """Before anything moves, raises PlanError for destinations outside our regions and SourceLost for sources outside those
+        of the peer."""
         with self._idle:
             self._check_open()
             there, here, far = self._peers.get(peer), self._table, self._far
@@ -174,11 +158,15 @@ class CudaIpcTransport:
         try:
             if there is None:
                 raise PlanError(f"there is no peer {peer!r}")
-            low, high = destination_extents(batch)
-            here.locate(low, high, "dst", "this process")
-            region = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            here.locate(batch)
+            region = there.table.locate_sources(batch, there.source)
             there.live.check()
-            self._move(replace(batch, src=batch.src + there.shift[region]), far.holds(low), deadline, there.source)
+            self._move(
+                replace(batch, src=batch.src + there.shift[region]),
+                far.holds(destination_extents(batch)[0]),
+                deadline,
+                there.source,
+            )
             there.live.check()
         finally:
             with self._idle:
@@ -275,15 +263,15 @@ _EXPORTABLE: Final = (
 class _Peer:
     """A source whose blocks are mapped here. SourceUnreachable says why not."""
 
-    def __init__(self, told: Description, source: str, device: Device) -> None:
+    def __init__(self, told: Description, source: str, device: Device, deadline: Deadline) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
         self.shift: IntArray = np.zeros(len(told.address), np.int64)  # by region: from its address there to its address here
         with ExitStack() as stack:
-            self.live = Liveness(told, source)
+            self.live = Liveness(told, source, deadline)
             stack.callback(self.live.close)
             number = _owner(told, source, device)
-            if not self.live.same_process:
+            if self.live.pid != os.getpid():
                 base = [self._opened(device, handle, number, stack) for handle in told.handle]
                 row = np.array(told.block, np.int64)
                 self.shift = (np.array(base, np.int64) - np.array(told.base, np.int64))[row]

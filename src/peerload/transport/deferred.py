@@ -1,8 +1,7 @@
-"""A transport that starts when it is first needed: NIXL takes 0.4 s of a core, and a rank on its seed's host never needs it."""
+"""A transport that is made when it is first needed: files reach a GPU through pinned memory, and most ranks read none."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,35 +12,30 @@ from .base import Limits, Region, Transport
 
 
 class Deferred:
-    """`open` makes the real transport, at the first `describe` or `connect`. Regions are remembered until then; those whose
-    descriptor has been closed or used again meanwhile are forgotten."""
+    """`open` makes the real transport, at the first `describe` or `connect`. Regions are remembered until then."""
 
     def __init__(self, name: str, limits: Limits, open: Callable[[], Transport]) -> None:  # noqa: A002 - what it does
         self.name, self.limits = name, limits
         self._make, self._lock = open, threading.Lock()
         self._real: Transport | None = None
         self._refused: HostError | None = None
-        self._waiting: list[tuple[Region, tuple[int, int] | None]] = []
+        self._waiting: list[Region] = []
         self._closed = False
-
-    @property
-    def started(self) -> bool:
-        return self._real is not None
 
     def register(self, regions: Sequence[Region]) -> None:
         with self._lock:
             if self._real is None:
-                self._waiting += [(region, _identity(region.fd)) for region in regions]
+                self._waiting += regions
                 return
         self._real.register(regions)
 
     def describe(self) -> bytes:
         return self._open().describe()
 
-    def connect(self, description: bytes, source: str) -> str:
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         """Raises SourceUnreachable also when this host can't use the transport at all."""
         try:
-            return self._open().connect(description, source)
+            return self._open().connect(description, source, deadline)
         except HostError as error:
             raise SourceUnreachable(source, error.message, next_step=error.next_step) from error
 
@@ -64,7 +58,7 @@ class Deferred:
                 try:
                     real = self._make()
                     try:
-                        real.register([region for region, known in self._waiting if _identity(region.fd) == known])
+                        real.register(self._waiting)
                     except BaseException:
                         real.close()
                         raise
@@ -74,12 +68,3 @@ class Deferred:
                 self._real = real
                 self._waiting.clear()
             return self._real
-
-
-def _identity(fd: int) -> tuple[int, int] | None:
-    """What a descriptor stands for, None when it is closed or there is none."""
-    try:
-        stat = os.fstat(fd)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino

@@ -55,8 +55,8 @@ class Faulty:
     def describe(self) -> bytes:
         return self._inner.describe()
 
-    def connect(self, description: bytes, source: str) -> str:
-        handle = self._inner.connect(description, source)
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        handle = self._inner.connect(description, source, deadline)
         self._source_of[handle] = source
         return handle
 

@@ -6,26 +6,27 @@ preadv, never a mapping: a file that shrinks under its reader is an error then, 
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import errno
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 
 from ..batch import Batch
 from ..deadline import Deadline
-from ..errors import HostError, PlanError, SourceError, SourceLost, SourceStale, SourceUnreachable
+from ..errors import DeadlineExceeded, HostError, PlanError, SourceError, SourceLost, SourceStale, SourceUnreachable
 from ..geometry import IntArray
 from ..native.columns import Columns
 from .base import Limits, Region
 from .crew import Crew, chunked
+from .descriptions import TOP, check_ranges, check_rows, column, decode, encode, path, whole
 from .host import cores
-from .table import RegionTable, destination_extents, source_extents
+from .table import RegionTable
 
 #: Files begin at multiples of this in their address space, so no copy can reach from one into the next.
 GAP_NBYTES: Final = 1 << 12
@@ -35,40 +36,37 @@ GAP_NBYTES: Final = 1 << 12
 class FileSet:
     """Columns of files: absolute path, bytes, time of last change (ns), first address."""
 
-    path: tuple[str, ...]
-    nbytes: tuple[int, ...]
-    mtime_ns: tuple[int, ...]
-    base: tuple[int, ...]
+    path: Annotated[tuple[str, ...], column(path)]
+    nbytes: Annotated[tuple[int, ...], column(whole())]
+    mtime_ns: Annotated[tuple[int, ...], column(whole(-TOP))]
+    base: Annotated[tuple[int, ...], column(whole(1))]
 
     def __post_init__(self) -> None:
-        if not len(self.path) == len(self.nbytes) == len(self.mtime_ns) == len(self.base):
-            raise ValueError("columns differ in length")
+        check_rows(path=self.path, nbytes=self.nbytes, mtime_ns=self.mtime_ns, base=self.base)
+        check_ranges("base", self.base, self.nbytes)
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> FileSet:
         """The files as they are now. Raises OSError."""
-        stats = [path.stat() for path in paths]
+        found = [each.stat() for each in paths]
         base, at = [], GAP_NBYTES
-        for stat in stats:
+        for file in found:
             base.append(at)
-            at += -(-(stat.st_size + 1) // GAP_NBYTES) * GAP_NBYTES
+            at += -(-(file.st_size + 1) // GAP_NBYTES) * GAP_NBYTES
         return cls(
-            tuple(str(path.resolve()) for path in paths),
-            tuple(stat.st_size for stat in stats), tuple(stat.st_mtime_ns for stat in stats), tuple(base),
+            tuple(str(each.resolve()) for each in paths),
+            tuple(file.st_size for file in found), tuple(file.st_mtime_ns for file in found), tuple(base),
         )  # fmt: skip
 
     def encode(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> FileSet:
-        """Raises ValueError, KeyError or TypeError for what is no description."""
-        told = json.loads(data)
-        return cls(*(tuple(told[f.name]) for f in dataclasses.fields(cls)))
+        return encode(self)
 
 
 class FilesTransport:
-    """files: what this process offers to others (that see the same file system), nothing by default.
+    """Reads the files that a description names, whoever wrote it: `Reader` connects it to this process's own reserve only.
+    Nothing ends a read of a network file system that hangs.
+
+    files: what this process offers to others (that see the same file system), nothing by default.
     threads: how many read (0: one for each core this process may use)."""
 
     name = "files"
@@ -94,8 +92,8 @@ class FilesTransport:
     def describe(self) -> bytes:
         return self._files.encode()
 
-    def connect(self, description: bytes, source: str) -> str:
-        opened = _Opened(description, source)
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        opened = _Opened(decode(FileSet, description, source), source, deadline)
         with self._lock:
             self._connected += 1
             handle = f"{source}#{self._connected}"
@@ -103,15 +101,16 @@ class FilesTransport:
         return handle
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Raises PlanError, before anything moves, for bytes outside the files or our regions; SourceStale or SourceLost,
+        """Raises, before anything moves, PlanError for destinations outside our regions and SourceLost for bytes outside the
+        files; SourceStale or SourceLost,
         naming the file, when it isn't what it was described as."""
         with self._crew.job():
             with self._lock:
                 there, here = self._peers.get(peer), self._here
             if there is None:
                 raise PlanError(f"there is no peer {peer!r}")
-            here.locate(*destination_extents(batch), "dst", "this process")
-            file = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            here.locate(batch)
+            file = there.table.locate_sources(batch, there.source)
             rows, which, edges = chunked(replace(batch, src=batch.src - there.base[file]), file)
             columns = Columns(rows)
 
@@ -134,31 +133,32 @@ class FilesTransport:
 class _Opened:
     """Described files, open. Raises SourceUnreachable for files that are not there or not those described."""
 
-    def __init__(self, description: bytes, source: str) -> None:
+    def __init__(self, files: FileSet, source: str, deadline: Deadline) -> None:
         self.source: Final = source
         self.fd: list[int] = []
+        self._files = files
+        self.table: Final = RegionTable(files.base, files.nbytes)
+        self.base: Final[IntArray] = np.array(files.base, np.int64)
         try:
-            self._files = FileSet.decode(description)
-            self.table: Final = RegionTable(self._files.base, self._files.nbytes)
-            self.base: Final[IntArray] = np.array(self._files.base, np.int64)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
-        try:
-            for path in self._files.path:
-                self.fd.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            for name in files.path:
+                deadline.check(f"opening {name}")
+                self.fd.append(_regular(name))
             self.check(np.arange(len(self.fd)))
-        except (OSError, SourceError) as error:
+        except (OSError, SourceError, DeadlineExceeded) as error:
             self.close()
-            problem = error.problem if isinstance(error, SourceError) else f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError):
+                problem = f"{error.filename}: {error.strerror}"
+            else:
+                problem = error.problem if isinstance(error, SourceError) else error.message
             raise SourceUnreachable(source, problem) from error
 
     def check(self, files: IntArray) -> None:
         """Raise SourceStale or SourceLost if one of the files has changed since it was described."""
         for i in files.tolist():
-            stat = os.fstat(self.fd[i])
-            if stat.st_size < self._files.nbytes[i]:
-                raise SourceLost(self.source, f"{self._files.path[i]} has {stat.st_size} of {self._files.nbytes[i]} bytes left")
-            if (stat.st_size, stat.st_mtime_ns) != (self._files.nbytes[i], self._files.mtime_ns[i]):
+            now = os.fstat(self.fd[i])
+            if now.st_size < self._files.nbytes[i]:
+                raise SourceLost(self.source, f"{self._files.path[i]} has {now.st_size} of {self._files.nbytes[i]} bytes left")
+            if (now.st_size, now.st_mtime_ns) != (self._files.nbytes[i], self._files.mtime_ns[i]):
                 raise SourceStale(self.source, f"{self._files.path[i]} has changed since it was described")
 
     def failed(self, file: int, error: int) -> SourceLost:
@@ -168,3 +168,14 @@ class _Opened:
         for fd in self.fd:
             os.close(fd)
         self.fd = []
+
+
+def _regular(name: str) -> int:
+    """A descriptor of a file that is no pipe or device, which could hang or act when it is opened. Raises OSError."""
+    if not stat.S_ISREG(Path(name).stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", name)
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced meanwhile
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a regular file", name)
+    return fd

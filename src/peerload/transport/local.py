@@ -29,9 +29,10 @@ from ..native.columns import Columns
 from .attached import CMA, MAPPED, Attached, Description, sealed
 from .base import Limits, Mappable, Region
 from .crew import Crew, chunked
+from .descriptions import decode, encode
 from .handover import Handover
 from .host import boot_id, cores, pid_namespace, ptrace_scope, start_time
-from .table import RegionTable, destination_extents, source_extents
+from .table import RegionTable
 
 #: Shorter runs are copied: a mapping costs about as much as moving 64 KiB, and there are only so many.
 ATTACH_NBYTES: Final = 256 << 10
@@ -86,15 +87,15 @@ class LocalTransport:
             if self._handover is None:
                 self._handover = Handover(self._descriptors)
             rows = list(self._registered.values())
-            return Description(
+            return encode(Description(
                 host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
                 socket=self._handover.address, token=self._handover.token,
                 address=[r.region.address for r in rows], nbytes=[r.region.nbytes for r in rows],
                 file=[r.number for r in rows], offset=[r.region.fd_offset for r in rows],
-            ).encode()  # fmt: skip
+            ))  # fmt: skip
 
-    def connect(self, description: bytes, source: str) -> str:
-        peer = Attached(Description.decode(description, source), source)
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        peer = Attached(decode(Description, description, source), source, deadline)
         with self._lock:
             if not self._closed:
                 self._connected += 1
@@ -105,14 +106,15 @@ class LocalTransport:
         raise HostError("the transport is closed")
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        """Before anything moves, raises PlanError for destinations outside our regions and SourceLost for sources outside those
+        of the peer."""
         with self._crew.job():
             with self._lock:
                 there, here = self._peers.get(peer), self._table
             if there is None:
                 raise PlanError(f"there is no peer {peer!r}")
-            here.locate(*destination_extents(batch), "dst", "this process")
-            row = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            here.locate(batch)
+            row = there.table.locate_sources(batch, there.source)
             with there:
                 there.check()
                 self._move(there, batch, row, deadline)
@@ -128,8 +130,8 @@ class LocalTransport:
                 there, here = self._peers.get(peer), self._table
             if there is None:
                 raise PlanError(f"there is no peer {peer!r}")
-            here.locate(*destination_extents(batch), "dst", "this process")
-            row = there.table.locate(*source_extents(batch), "src", f"source {there.source}")
+            here.locate(batch)
+            row = there.table.locate_sources(batch, there.source)
             if not there.readable:  # then our own readers couldn't do without our memfd
                 return batch
             with there:
@@ -200,14 +202,19 @@ class LocalTransport:
             raise HostError("the transport is closed")
 
     def _descriptors(self) -> dict[int, int]:
-        """Read-only descriptors of our own of all memfds by their number, without those closed by now."""
+        """Read-only descriptors of our own of all memfds by their number, without those closed by now. Raises OSError."""
         with self._lock:
             files = {row.number: row.file for row in self._registered.values() if row.file is not None}
-        return {
-            number: os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            for number, file in files.items()
-            if _File.of(file.fd) == file
-        }
+        opened: dict[int, int] = {}
+        try:
+            for number, file in files.items():
+                if _File.of(file.fd) == file:
+                    opened[number] = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            for fd in opened.values():
+                os.close(fd)
+            raise
+        return opened
 
 
 @dataclass(frozen=True, slots=True)

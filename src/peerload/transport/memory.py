@@ -1,4 +1,4 @@
-"""A transport within one process, by address: for tests, and for a target that finds its seed in itself."""
+"""A transport within one process, by address: for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..deadline import Deadline
 from ..errors import HostError, PlanError, SourceLost, SourceUnreachable
 from ..native.columns import Columns
 from .base import Limits, Region
-from .table import RegionTable, destination_extents, source_extents
+from .table import RegionTable
 
 
 class MemoryTransport:
@@ -38,7 +38,8 @@ class MemoryTransport:
         self._hall[f"{id(self):x}"] = self
         return f"{id(self):x}".encode()
 
-    def connect(self, description: bytes, source: str) -> str:
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        del deadline  # nothing to wait for
         there = self._hall.get(description.decode(errors="replace"))
         if there is None or there._closed:
             raise SourceUnreachable(source, "is not in this process, or closed")
@@ -48,14 +49,15 @@ class MemoryTransport:
         return handle
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side."""
+        """Before anything moves, raises PlanError for destinations outside our regions and SourceLost for sources outside those
+        of the peer."""
         if self._closed:
             raise HostError("the transport is closed")
         if peer not in self._peers:
             raise PlanError(f"there is no peer {peer!r}")
         source, there = self._peers[peer]
-        self._table.locate(*destination_extents(batch), "dst", "this transport")
-        there._table.locate(*source_extents(batch), "src", f"source {source}")
+        self._table.locate(batch)
+        there._table.locate_sources(batch, source)
         deadline.check(f"reading {batch.nbytes} bytes from {source}")
         if there._closed:
             raise SourceLost(source, "it closed its transport")

@@ -1,5 +1,14 @@
 """NIXL (https://github.com/ai-dynamo/nixl) over UCX: RDMA, TCP between hosts, CMA within one. The only importer of it.
 
+**An open door.** Whoever reaches the UCX listener of an agent can read and write the memory that it has registered: UCX has no
+way to register memory for reading only, and no authentication. So this transport is opened only when the operator names it, on
+the interface that the operator names. UCX also aborts the process that connects to some addresses that are none (1 in 100 with
+random bytes in them): whoever announces a seed can end a reader.
+
+**Abandoned reads land later.** With NIXL 1.5.1, bytes of a transfer that was released, deregistered or disconnected were still
+written when a stopped source went on; only destroying the agent stopped them. So every source is read through an agent of its
+own (20 ms each after the first), and a read that doesn't end well ends with its agent.
+
 The configuration is what was measured to be best: no progress thread (it burns half a core for ever and reads 5 GB/s on one
 host, against 7.7 without); instead whoever has described itself polls every 10 ms, which costs 1 % of a core and is
 needed for a reader's connection to complete. Over TCP, UCX's default segments reach 0.6 GB/s and 1 MiB segments 2.4: see
@@ -11,26 +20,31 @@ from __future__ import annotations
 import base64
 import importlib
 import importlib.util
-import json
+import itertools
 import logging
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import traceback
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Final, Protocol
+from typing import Annotated, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ..batch import Batch
 from ..deadline import Deadline
-from ..errors import DeadlineExceeded, HostError, PlanError, SourceLost, SourceUnreachable
+from ..errors import ConfigError, DeadlineExceeded, HostError, PlanError, SourceLost, SourceUnreachable
+from ..geometry import IntArray
 from .base import Limits, Region
+from .descriptions import check_ranges, check_rows, column, decode, encode, text, whole
 from .host import boot_id
 from .table import RegionTable
 
@@ -40,38 +54,34 @@ UCX_DEFAULTS: Final = {
     "UCX_TCP_TX_SEG_SIZE": "1m", "UCX_TCP_RX_SEG_SIZE": "1m", "UCX_TCP_SNDBUF": "4m", "UCX_TCP_RCVBUF": "4m",
 }  # fmt: skip
 POLL_S: Final = 0.010
-#: How long a peer may take to answer the first read.
-CONNECT_S: Final = 10.0
+#: A transfer is all or nothing to NIXL, so one is as large as what moved in this time before: then one that takes seconds is
+#: no progress. Seconds, and the bounds in bytes; the upper one takes 3.4 s at 10 MB/s. Larger ones are no faster.
+PART_S: Final = 0.25
+PART_NBYTES: Final = (1 << 20, 32 << 20)
 #: Below this rate on one host UCX has fallen back to something slow.
 SLOW_NBYTES_PER_S: Final = 0.5e9
 SLOW_FROM_NBYTES: Final = 32 << 20
+RDMA: Final = Path("/sys/class/infiniband")
 
 log = logging.getLogger(__name__)
 
-
-class _Agent(Protocol):
-    """What we use of `nixl_agent`. Descriptor lists and transfers are opaque to us."""
-
-    def create_backend(self, backend: str) -> None: ...
-    def register_memory(self, regions: npt.NDArray[np.uint64], mem_type: str, backends: list[str]) -> object: ...
-    def deregister_memory(self, registered: object, backends: list[str]) -> None: ...
-    def get_agent_metadata(self) -> bytes: ...
-    def add_remote_agent(self, metadata: bytes) -> bytes | str: ...
-    def remove_remote_agent(self, agent: str) -> None: ...
-    def get_new_notifs(self) -> object: ...
-    def get_xfer_descs(self, rows: npt.NDArray[np.uint64], mem_type: str) -> object: ...
-    def initialize_xfer(self, operation: str, here: object, there: object, agent: str, notif_msg: bytes, backends: list[str]) -> object: ...  # noqa: E501  # fmt: skip
-    def transfer(self, transfer: object) -> str: ...
-    def check_xfer_state(self, transfer: object) -> str: ...
-    def release_xfer_handle(self, transfer: object) -> None: ...
+#: Held while an agent is made: UCX reads its settings from the environment of the process.
+_making = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    source: str
-    agent: str
-    table: RegionTable
-    same_host: bool
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What `NixlTransport.describe` says. metadata: NIXL's own, in base64. address, nbytes: columns of regions."""
+
+    host: Annotated[str, text(r"[!-~]{1,64}")]
+    metadata: Annotated[str, text(r"[A-Za-z0-9+/]*={0,2}")]
+    address: Annotated[Sequence[int], column(whole(1))]
+    nbytes: Annotated[Sequence[int], column(whole(1))]
+
+    def __post_init__(self) -> None:
+        check_rows(address=self.address, nbytes=self.nbytes)
+        check_ranges("address", self.address, self.nbytes)
+        base64.b64decode(self.metadata, validate=True)
 
 
 def installed() -> bool:
@@ -99,97 +109,269 @@ def module() -> ModuleType:
     raise HostError(f"NIXL can't be imported ({'; '.join(problems)})", next_step=INSTALL)
 
 
+def checked_interface(interface: str) -> str:
+    """Raises ConfigError unless it names network interfaces of this host, comma-separated."""
+    there = [name for _, name in socket.if_nameindex()] + (sorted(p.name for p in RDMA.iterdir()) if RDMA.is_dir() else [])
+    if not interface:
+        raise ConfigError(
+            "transport nixl needs `interface`, the network interface to use: every process that can reach it there can read and "
+            "overwrite the weights in this process's memory",
+            next_step=f"set interface to one that only trusted machines reach; this host has {', '.join(there)}",
+        )
+    for name in interface.split(","):
+        if name.partition(":")[0] not in there:
+            raise ConfigError(f"there is no network interface {name!r}", next_step=f"this host has {', '.join(there)}")
+    return interface
+
+
+class _Agent:
+    """A NIXL agent over UCX on one interface, and what it has registered. A UCX worker takes one thread at a time: callers hold
+    `lock`. Raises what NIXL raises."""
+
+    def __init__(self, nixl: ModuleType, interface: str) -> None:
+        self.lock: Final = threading.RLock()
+        self._registered: set[tuple[int, int]] = set()
+        self._reads: dict[int, Any] = {}  # NIXL's handles, which keep its agent alive; nobody else has one
+        self._numbers = itertools.count()
+        name = f"peerload-{boot_id()[:8]}-{os.getpid()}-{secrets.token_hex(4)}"
+        with _making, _environment(UCX_DEFAULTS, {"UCX_NET_DEVICES": interface}):
+            self._nixl: Any = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
+            self._nixl.create_backend("UCX")
+
+    def register(self, regions: Sequence[tuple[int, int]]) -> None:
+        """Memory by address and bytes, if it isn't registered yet."""
+        for key in regions:
+            if key not in self._registered:
+                self._nixl.register_memory(np.array([[*key, 0]], np.uint64), "DRAM", ["UCX"])
+                self._registered.add(key)
+
+    def metadata(self) -> bytes:
+        data: bytes = self._nixl.get_agent_metadata()
+        return data
+
+    def meet(self, metadata: bytes) -> str:
+        """The name of the agent whose metadata these are."""
+        name: bytes | str = self._nixl.add_remote_agent(metadata)
+        return name.decode(errors="replace") if isinstance(name, bytes) else name
+
+    def progress(self) -> None:
+        """Do what UCX has to do for peers that read from us."""
+        self._nixl.get_new_notifs()
+
+    def begin(self, peer: str, src: IntArray, dst: IntArray, run: IntArray) -> int:
+        """Ask for runs; returns the number of the read."""
+        zero = np.zeros_like(run)
+        ours = self._nixl.get_xfer_descs(np.stack([dst, run, zero], axis=1).astype(np.uint64), "DRAM")
+        theirs = self._nixl.get_xfer_descs(np.stack([src, run, zero], axis=1).astype(np.uint64), "DRAM")
+        number = next(self._numbers)
+        self._reads[number] = self._nixl.initialize_xfer("READ", ours, theirs, peer, b"", ["UCX"])
+        self._nixl.transfer(self._reads[number])
+        return number
+
+    def state(self, number: int) -> str:
+        """PROC, or how the read ended; only DONE is well. Moves bytes, so there is nothing to wait for."""
+        state: str = self._nixl.check_xfer_state(self._reads[number])
+        if state == "DONE":
+            self._nixl.release_xfer_handle(self._reads.pop(number))
+        return state
+
+    def destroy(self) -> None:
+        """Forget everything. When this returns, no byte is written any more. Safe to call twice."""
+        with self.lock:
+            if self._nixl is not None:
+                gone = weakref.ref(self._nixl.agent)
+                self._reads.clear()
+                self._nixl = None
+                assert gone() is None, "somebody holds NIXL's agent, which may go on writing"
+
+
+class _Peer:
+    """A source and the agent that reads from it. Raises SourceUnreachable unless a byte can be read from it by `deadline`."""
+
+    def __init__(self, told: Description, source: str, agent: _Agent, errors: tuple[type[Exception], ...]) -> None:
+        self.source: Final = source
+        self.table: Final = RegionTable(told.address, told.nbytes)
+        self.same_host: Final = told.host == boot_id()
+        self._agent, self._errors = agent, errors
+        self._part_nbytes = PART_NBYTES[0]
+        self._lost = ""
+        self._landing = np.zeros(1, np.uint8)  # registered for nothing but the first byte; lives as long as the agent
+        self._name = ""
+
+    def meet(self, told: Description, deadline: Deadline) -> None:
+        try:
+            with self._agent.lock:
+                self._name = self._agent.meet(base64.b64decode(told.metadata))
+                self._agent.register([(self._landing.ctypes.data, 1)])
+        except self._errors as error:
+            raise SourceUnreachable(self.source, f"NIXL can't connect to it: {_text(error)}") from None
+        if told.address:
+            one = np.ones(1, np.int64)
+            try:
+                self._move(one * told.address[0], one * self._landing.ctypes.data, one, deadline, deadline.remaining_s)
+            except (SourceLost, DeadlineExceeded) as error:
+                problem = error.problem if isinstance(error, SourceLost) else "it does not answer"
+                raise SourceUnreachable(self.source, f"can't be reached over NIXL: {problem}") from error
+
+    def read(
+        self, src: IntArray, dst: IntArray, run: IntArray, regions: Sequence[tuple[int, int]], deadline: Deadline, stall_s: float
+    ) -> None:
+        """Runs, none of them empty, into memory that lies in `regions`. Raises HostError when those can't be registered,
+        SourceLost also when nothing has moved for `stall_s`."""
+        problem = ""
+        with self._agent.lock:
+            self._check()
+            try:
+                self._agent.register(regions)
+            except self._errors as error:
+                problem = _text(error)
+        if problem:
+            raise HostError(f"NIXL refuses to register memory: {problem}", next_step="raise ulimit -l")
+        end = np.cumsum(run)
+        at, nbytes = 0, int(run.sum())
+        while at < nbytes:
+            to = min(nbytes, at + self._part_nbytes)
+            rows = slice(int(np.searchsorted(end, at, "right")), int(np.searchsorted(end, to, "left")) + 1)
+            skip = np.maximum(0, at - (end[rows] - run[rows]))
+            size = np.minimum(end[rows], to) - (end[rows] - run[rows]) - skip
+            begun_s = time.monotonic()
+            self._move(src[rows] + skip, dst[rows] + skip, size, deadline, stall_s)
+            if to - at >= PART_NBYTES[0]:  # a small one says nothing of the rate
+                rate = (to - at) / max(1e-9, time.monotonic() - begun_s)
+                self._part_nbytes = int(min(max(rate * PART_S, PART_NBYTES[0]), PART_NBYTES[1]))
+            at = to
+
+    def end(self, problem: str) -> None:
+        """Nothing can be read from now on, and nothing is written when this returns."""
+        with self._agent.lock:
+            self._lost = self._lost or problem
+            self._agent.destroy()
+
+    def _move(self, src: IntArray, dst: IntArray, run: IntArray, deadline: Deadline, stall_s: float) -> None:
+        """All of it, or the agent is gone. Raises SourceLost, DeadlineExceeded."""
+        problem = ""
+        try:
+            with self._agent.lock:
+                self._check()
+                number = self._agent.begin(self._name, src, dst, run)
+            begun_s = time.monotonic()
+            while not problem:
+                with self._agent.lock:
+                    self._check()
+                    state = self._agent.state(number)
+                if state == "DONE":
+                    return
+                if state != "PROC":
+                    problem = f"NIXL ended the transfer in state {state}"
+                elif time.monotonic() - begun_s > stall_s:
+                    problem = f"it has made no progress for {stall_s:g} s"
+                deadline.check(f"reading {int(run.sum())} bytes from {self.source}")
+                time.sleep(0)
+        except self._errors as error:
+            problem = f"NIXL says {_text(error)}"
+        except BaseException as error:
+            _text(error)
+            self.end("a read from it was given up")
+            raise
+        self.end(problem)
+        raise SourceLost(self.source, problem, next_step="plan the rest from other sources")
+
+    def _check(self) -> None:
+        if self._lost:
+            raise SourceLost(self.source, self._lost, next_step="plan the rest from other sources")
+
+
 class NixlTransport:
-    """CPU memory so far. Raises HostError when NIXL isn't there or has no UCX."""
+    """CPU memory so far. interface: the network interface to use, for which see the top of this file. stall_s: a source that
+    makes no progress for so long is lost. Raises HostError when NIXL isn't there, ConfigError for an interface that isn't."""
 
     name = "nixl"
     #: 100,000 operations of 4 KiB run at 1.3 GB/s, large ones at 7.7: an operation costs 2.6 us, or 20 KiB.
-    limits = Limits(strided=False, operation_nbytes=20 << 10, max_operations=1 << 16, max_batch_nbytes=64 << 20)
+    limits = Limits(strided=False, operation_nbytes=20 << 10, max_operations=1 << 16, max_batch_nbytes=64 << 20, pins=True)
 
-    def __init__(self, threads: int = 0) -> None:
-        del threads  # UCX moves bytes in the thread that asks
-        nixl = module()
-        self._errors = _errors(nixl)
-        self._lock = threading.RLock()  # one UCX worker: one thread at a time
-        self._name = f"peerload-{boot_id()[:8]}-{os.getpid()}-{secrets.token_hex(4)}"
-        with self._translated("NIXL can't start"), _environment(UCX_DEFAULTS):
-            self._agent: _Agent = nixl.nixl_agent(self._name, nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
-            self._agent.create_backend("UCX")
-        self._registered: dict[tuple[int, int], object] = {}
+    def __init__(self, interface: str, stall_s: float = 5.0) -> None:
+        self._interface, self._stall_s = checked_interface(interface), stall_s
+        self._nixl = module()
+        self._errors = _errors(self._nixl)
+        self._lock = threading.Lock()
+        self._regions: dict[tuple[int, int], None] = {}
         self._here = RegionTable([], [])
+        self._keys: list[tuple[int, int]] = []
+        self._serving: _Agent | None = None
         self._peers: dict[str, _Peer] = {}
         self._connected = 0
         self._warned = False
         self._closed = threading.Event()
-        self._poller: threading.Thread | None = None
+        self._poller = threading.Thread(target=self._poll, name="peerload-nixl", daemon=True)
 
     def register(self, regions: Sequence[Region]) -> None:
-        """Adds to what is registered already."""
+        """Adds to what is registered already. An agent registers memory when it is first used there."""
         if any(region.device != "cpu" for region in regions):
             raise HostError("transport nixl moves CPU memory only so far")
-        with self._lock, self._translated("NIXL refuses to register memory"):
+        with self._lock:
             self._check_open()
-            for region in regions:
-                key = region.address, region.nbytes
-                if key not in self._registered:
-                    self._registered[key] = self._agent.register_memory(np.array([[*key, 0]], np.uint64), "DRAM", ["UCX"])
-            self._here = RegionTable([a for a, _ in self._registered], [n for _, n in self._registered])
+            self._regions.update({(region.address, region.nbytes): None for region in regions})
+            self._keys = list(self._regions)
+            self._here = RegionTable([a for a, _ in self._keys], [n for _, n in self._keys])
+            if self._serving is not None:
+                with self._translated("NIXL refuses to register memory"), self._serving.lock:
+                    self._serving.register(self._keys)
 
     def describe(self) -> bytes:
+        """Opens the door: see the top of this file."""
         with self._lock, self._translated("NIXL can't describe itself"):
             self._check_open()
-            if self._poller is None:
-                self._poller = threading.Thread(target=self._poll, name="peerload-nixl", daemon=True)
+            if self._serving is None:
+                self._serving = _Agent(self._nixl, self._interface)
                 self._poller.start()
-            metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
-            told = {
-                "host": boot_id(), "metadata": metadata,
-                "address": [a for a, _ in self._registered], "nbytes": [n for _, n in self._registered],
-            }  # fmt: skip
-        return json.dumps(told, separators=(",", ":")).encode()
+            with self._serving.lock:
+                self._serving.register(self._keys)
+                metadata = self._serving.metadata()
+            return encode(Description(
+                host=boot_id(), metadata=base64.b64encode(metadata).decode(),
+                address=[a for a, _ in self._keys], nbytes=[n for _, n in self._keys],
+            ))  # fmt: skip
 
-    def connect(self, description: bytes, source: str) -> str:
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         """Reads a byte, so that a peer that can't be reached is found out now."""
+        told = decode(Description, description, source)
+        self._check_open()
         try:
-            told = json.loads(description)
-            metadata = base64.b64decode(told["metadata"], validate=True)
-            table = RegionTable(told["address"], told["nbytes"])
-            same_host = told["host"] == boot_id()
-            first = int(told["address"][0]) if told["address"] else 0
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise SourceUnreachable(source, f"gave a description that makes no sense: {error}") from error
+            with self._translated("NIXL can't start"):
+                peer = _Peer(told, source, _Agent(self._nixl, self._interface), self._errors)
+        except HostError as error:
+            raise SourceUnreachable(source, error.message, next_step=error.next_step) from error
         try:
+            peer.meet(told, deadline)
             with self._lock:
                 self._check_open()
-                agent = self._agent.add_remote_agent(metadata)
-        except self._errors as error:
-            raise SourceUnreachable(source, f"NIXL can't connect to it: {error}") from error
-        peer = _Peer(source, agent.decode() if isinstance(agent, bytes) else agent, table, same_host)
-        if first:
-            self._try(peer, first)
-        with self._lock:
-            self._connected += 1
-            handle = f"{source}#{self._connected}"
-            self._peers[handle] = peer
+                self._connected += 1
+                handle = f"{source}#{self._connected}"
+                self._peers[handle] = peer
+        except BaseException:
+            peer.end("it was never reached")
+            raise
         return handle
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
-        """Raises PlanError, before anything moves, for bytes outside the registered regions of either side; a run lies in
-        one region."""
+        """Before anything moves, raises PlanError for destinations outside our regions and SourceLost for sources outside those
+        of the peer; a run lies in one region."""
         self._check_open()
-        there = self._peers.get(peer)
+        with self._lock:
+            there, here, keys = self._peers.get(peer), self._here, self._keys
         if there is None:
             raise PlanError(f"there is no peer {peer!r}")
-        src, dst, run = batch.runs()
-        self._here.locate(dst, dst + run, "dst", "this process")
-        there.table.locate(src, src + run, "src", f"source {there.source}")
-        some = np.flatnonzero(run)
-        nbytes, began = int(run.sum()), time.monotonic()
+        runs = Batch.of_runs(*batch.runs())
+        rows = here.locate(runs)
+        there.table.locate_sources(runs, there.source)
+        nbytes, begun_s = runs.nbytes, time.monotonic()
         deadline.check(f"reading {nbytes} bytes from {there.source}")
+        some = np.flatnonzero(runs.run)
+        needed = [keys[row] for row in np.unique(rows[some]).tolist()]
         for i in range(0, len(some), self.limits.max_operations):
             part = some[i : i + self.limits.max_operations]
-            self._transfer(there, src[part], dst[part], run[part], deadline)
-        rate = nbytes / max(1e-9, time.monotonic() - began)
+            there.read(runs.src[part], runs.dst[part], runs.run[part], needed, deadline, self._stall_s)
+        rate = nbytes / max(1e-9, time.monotonic() - begun_s)
         if there.same_host and nbytes >= SLOW_FROM_NBYTES and rate < SLOW_NBYTES_PER_S and not self._warned:
             self._warned = True
             log.warning(
@@ -198,70 +380,25 @@ class NixlTransport:
             )  # fmt: skip
 
     def close(self) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        if self._poller is not None:
-            self._poller.join()
         with self._lock:
-            for agent in {peer.agent for peer in self._peers.values()}:
-                with suppress(*self._errors):
-                    self._agent.remove_remote_agent(agent)
-            self._peers.clear()
-            for registered in self._registered.values():
-                with suppress(*self._errors):
-                    self._agent.deregister_memory(registered, ["UCX"])
-            self._registered.clear()
-            self._here = RegionTable([], [])
-            del self._agent
-
-    def _transfer(
-        self, there: _Peer, src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], run: npt.NDArray[np.int64], deadline: Deadline
-    ) -> None:
-        zero = np.zeros_like(run)
-        transfer: object = None
-        try:
-            with self._lock:
-                ours = self._agent.get_xfer_descs(np.stack([dst, run, zero], axis=1).astype(np.uint64), "DRAM")
-                theirs = self._agent.get_xfer_descs(np.stack([src, run, zero], axis=1).astype(np.uint64), "DRAM")
-                transfer = self._agent.initialize_xfer("READ", ours, theirs, there.agent, b"", ["UCX"])
-                state = self._agent.transfer(transfer)
-            while state == "PROC":
-                deadline.check(f"reading {int(run.sum())} bytes from {there.source}")
-                with self._lock:
-                    self._check_open()
-                    state = self._agent.check_xfer_state(transfer)  # moves bytes, so there is nothing to wait for
-                time.sleep(0)
-        except self._errors as error:
-            raise SourceLost(there.source, f"NIXL says {error}", next_step="plan the rest from other sources") from error
-        finally:
-            if transfer is not None and not self._closed.is_set():
-                with self._lock, suppress(*self._errors):
-                    self._agent.release_xfer_handle(transfer)
-        if state != "DONE":
-            raise SourceLost(there.source, f"NIXL ended the transfer in state {state}")
-
-    def _try(self, peer: _Peer, address: int) -> None:
-        """Read a byte into memory registered for nothing else."""
-        landing = np.zeros(1, np.uint8)
-        one = np.ones(1, np.int64)
-        with self._lock, self._translated("NIXL refuses to register memory"):
-            registered = self._agent.register_memory(np.array([[landing.ctypes.data, 1, 0]], np.uint64), "DRAM", ["UCX"])
-        try:
-            self._transfer(peer, one * address, one * landing.ctypes.data, one, Deadline.after(CONNECT_S))
-        except (SourceLost, DeadlineExceeded) as error:
-            raise SourceUnreachable(peer.source, f"does not answer over NIXL: {error.message}") from error
-        finally:
-            with self._lock, suppress(*self._errors):
-                self._agent.deregister_memory(registered, ["UCX"])
+            self._closed.set()
+            peers, self._peers = self._peers, {}
+            serving, self._serving = self._serving, None
+        for peer in peers.values():
+            peer.end("the transport was closed")
+        if serving is not None:
+            self._poller.join()
+            serving.destroy()
 
     def _poll(self) -> None:
+        serving = self._serving
+        assert serving is not None, "the thread starts when there is an agent"
         while not self._closed.wait(POLL_S):
             try:
-                with self._lock:
-                    self._agent.get_new_notifs()
+                with serving.lock:
+                    serving.progress()
             except self._errors as error:
-                log.warning("peerload: NIXL can't make progress for its readers: %s", error)
+                log.warning("peerload: NIXL can't make progress for its readers: %s", _text(error))
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -272,7 +409,13 @@ class NixlTransport:
         try:
             yield
         except self._errors as error:
-            raise HostError(f"{what}: {error}", next_step=INSTALL) from error
+            raise HostError(f"{what}: {_text(error)}", next_step=INSTALL) from None
+
+
+def _text(error: BaseException) -> str:
+    """What it says. Its traceback holds nothing afterwards: NIXL's agent can't be destroyed while a frame in it holds it."""
+    traceback.clear_frames(error.__traceback__)
+    return str(error)
 
 
 def _errors(nixl: ModuleType) -> tuple[type[Exception], ...]:
@@ -285,12 +428,16 @@ def _errors(nixl: ModuleType) -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Variables set for the block, unless the operator has set them: UCX reads them when its context is made."""
-    missing = [name for name in defaults if name not in os.environ]
-    os.environ.update({name: defaults[name] for name in missing})
+def _environment(defaults: Mapping[str, str], settings: Mapping[str, str]) -> Iterator[None]:
+    """Variables set for the block: defaults unless the operator has set them, settings in any case."""
+    changed = {**{name: value for name, value in defaults.items() if name not in os.environ}, **settings}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        for name in missing:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -20,11 +20,13 @@ from .cuda_ipc import CudaIpcTransport
 from .deferred import Deferred
 from .files import FilesTransport
 from .local import LocalTransport
-from .nixl import INSTALL, NixlTransport, installed, module
+from .nixl import INSTALL, NixlTransport, module
 from .through_host import ThroughHost
 
-#: In the order in which `transport=auto` prefers them.
-FACTORIES: Final[Mapping[str, Callable[[int], Transport]]] = {"local": LocalTransport, "nixl": NixlTransport}
+FACTORIES: Final[Mapping[str, Callable[[Config], Transport]]] = {
+    "local": lambda config: LocalTransport(config.threads),
+    "nixl": lambda config: NixlTransport(config.interface, config.stall_s),
+}
 #: For a GPU's memory.
 GPU_FACTORIES: Final[Mapping[str, Callable[[str], Transport]]] = {"cuda_ipc": CudaIpcTransport}
 #: Pinned host memory through which files reach a GPU; no faster when larger.
@@ -43,7 +45,7 @@ class Probe:
 
 def open_transport(name: str, config: Config, device: str = "cpu") -> Transport:
     """A transport for memory on `device`. Raises ConfigError for a name there isn't, and for one that doesn't move such memory;
-    HostError when this host can't use it. The caller closes it."""
+    for nixl also without a network interface; HostError when this host can't use it. The caller closes it."""
     on_gpu = device != "cpu"
     if name == FilesTransport.name:
         files = FilesTransport(threads=config.threads)
@@ -60,23 +62,21 @@ def open_transport(name: str, config: Config, device: str = "cpu") -> Transport:
         raise ConfigError(
             f"transport {name} moves GPU memory only, and the weights are on {device}", next_step="set transport to auto"
         )
-    return FACTORIES[name](config.threads)
+    return FACTORIES[name](config)
 
 
 def open_transports(config: Config, device: str = "cpu") -> dict[str, Transport]:
-    """For memory on `device`, what `config.transport` asks for, in order of preference, and `files`, which reads checkpoints.
-    auto: on a GPU cuda_ipc; else local, and NIXL where it is installed, started when first needed. The caller closes them."""
-    if device != "cpu":
-        name = "cuda_ipc" if config.transport == "auto" else config.transport
-        # Its landing is pinned memory: made only if a checkpoint is read.
-        files = Deferred(FilesTransport.name, FilesTransport.limits, lambda: open_transport(FilesTransport.name, config, device))
-        return {name: open_transport(name, config, device), files.name: files}
-    names = ["local"] if config.transport == "auto" else [config.transport]
-    opened = {name: open_transport(name, config) for name in (*names, FilesTransport.name)}
-    if config.transport == "auto" and installed():
-        nixl = Deferred(NixlTransport.name, NixlTransport.limits, lambda: open_transport(NixlTransport.name, config))
-        opened = {"local": opened["local"], nixl.name: nixl, FilesTransport.name: opened[FilesTransport.name]}
-    return opened
+    """For memory on `device`, the transport that `config.transport` asks for, and `files`, which reads checkpoints. auto:
+    cuda_ipc on a GPU, else local; never one that other hosts can reach. The caller closes them."""
+    name = config.transport
+    if name == "auto":
+        name = "local" if device == "cpu" else "cuda_ipc"
+    opened = {name: open_transport(name, config, device)}
+    if device == "cpu":
+        return {**opened, FilesTransport.name: open_transport(FilesTransport.name, config)}
+    # Its landing is pinned memory: made only if a checkpoint is read.
+    files = Deferred(FilesTransport.name, FilesTransport.limits, lambda: open_transport(FilesTransport.name, config, device))
+    return {**opened, files.name: files}
 
 
 @contextmanager
@@ -124,10 +124,12 @@ def _probe_nixl() -> Probe:
     except HostError as error:
         return Probe("nixl", False, error.message, INSTALL)
     try:
-        NixlTransport().close()
+        with closing(NixlTransport("lo")) as transport:
+            transport.describe()
     except HostError as error:
         return Probe("nixl", False, error.message, "see NIXL's own messages on standard error")
-    return Probe("nixl", True, f"{nixl.__name__} with UCX")
+    text = "closed unless transport is nixl; then whoever reaches `interface` can read and overwrite the weights"
+    return Probe("nixl", True, f"{nixl.__name__} with UCX; {text}")
 
 
 #: Two processes, neither of them the other's ancestor, as a seed and a target are: the first permits readers where Yama

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..batch import Batch
-from ..errors import PlanError
+from ..errors import PlanError, SourceLost
 from ..geometry import BoolArray, IntArray, byte_extents
 
 
@@ -28,22 +28,40 @@ class RegionTable:
     def __len__(self) -> int:
         return len(self._row)
 
-    def locate(self, low: IntArray, high: IntArray, column: str, owner: str) -> IntArray:
-        """The region of each byte range low[n]..high[n], by its row. Raises PlanError that names the first outsider as
-        `column` of a batch, and `owner`, whose regions these are."""
-        at = np.searchsorted(self._start, low, "right") - 1
-        inside = at >= 0
-        if inside.any():
-            inside &= high <= self._end[np.maximum(at, 0)]
-        if not inside.all():
-            i = int(np.argmin(inside))
+    def locate(self, batch: Batch) -> IntArray:
+        """The region of each row's destination. Raises PlanError that names the first row outside: the regions are ours."""
+        low, high = destination_extents(batch)
+        row, outside = self._locate(low, high)
+        if outside >= 0:
             raise PlanError(
-                f"batch.{column}[{i}]: bytes {int(low[i]):#x}..{int(high[i]):#x} lie in no single region of {owner}; "
-                "nothing was read",
-                next_step="register the memory before describing it, and plan against the current description",
+                f"batch.dst[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region of this "
+                "process; nothing was read",
+                next_step="register the memory before reading into it",
             )
-        row: IntArray = self._row[at]
         return row
+
+    def locate_sources(self, batch: Batch, source: str) -> IntArray:
+        """The region of each row's source. Raises SourceLost that names the first row outside: the regions are those that
+        `source` described, and the addresses are those that it announced."""
+        low, high = source_extents(batch)
+        row, outside = self._locate(low, high)
+        if outside >= 0:
+            raise SourceLost(
+                source,
+                f"batch.src[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region that it "
+                "described; nothing was read",
+                next_step="plan the rest from other sources",
+            )
+        return row
+
+    def _locate(self, low: IntArray, high: IntArray) -> tuple[IntArray, int]:
+        """The region of each byte range low[n]..high[n], by its row, and the first range in none, or -1."""
+        if len(self) == 0:
+            return np.zeros(len(low), np.int64), 0 if len(low) else -1
+        at = np.searchsorted(self._start, low, "right") - 1
+        inside = (at >= 0) & (low <= high) & (high <= self._end[np.maximum(at, 0)])
+        outside = -1 if inside.all() else int(np.argmin(inside))
+        return self._row[np.maximum(at, 0)], outside
 
     def holds(self, address: IntArray) -> BoolArray:
         """Whether each byte lies in a region."""

@@ -73,16 +73,16 @@ class ThroughHost:
     def describe(self) -> bytes:
         return self._inner.describe()
 
-    def connect(self, description: bytes, source: str) -> str:
-        return self._inner.connect(description, source)
+    def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
+        return self._inner.connect(description, source, deadline)
 
     def read(self, peer: str, batch: Batch, deadline: Deadline) -> None:
         """Raises what `inner` raises, and PlanError, before anything moves on the device, for destinations that lie in no
         region."""
-        low, high = destination_extents(batch)
+        low, _ = destination_extents(batch)
         far = self._table.holds(low)
         rows = np.flatnonzero(far)
-        self._table.locate(low[rows], high[rows], "dst", "this process")
+        self._table.locate(batch.take(rows))
         if len(rows) < len(batch) or len(batch) == 0:
             self._inner.read(peer, batch.take(np.flatnonzero(~far)), deadline)
         if len(rows) == 0:

@@ -171,18 +171,18 @@ class Constant(_message.Message):
     FILL_FIELD_NUMBER: _builtins.int
     buffer: _builtins.int
     offset: _builtins.int
+    shape: _builtins.bytes
+    """int64[dimensions]"""
+    stride: _builtins.bytes
+    """int64[dimensions], bytes"""
     fill: _builtins.bytes
-    @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         buffer: _builtins.int = ...,
         offset: _builtins.int = ...,
-        shape: _abc.Iterable[_builtins.int] | None = ...,
-        stride: _abc.Iterable[_builtins.int] | None = ...,
+        shape: _builtins.bytes = ...,
+        stride: _builtins.bytes = ...,
         fill: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -878,7 +878,9 @@ class AgreeRequest(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    ASKS_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     round: _builtins.int
     rank: _builtins.int
@@ -886,7 +888,11 @@ class AgreeRequest(_message.Message):
     payload: _builtins.bytes
     abort: _builtins.str
     """the reason"""
+    asks: _builtins.bool
+    """the rank has said yes to this round, and asks for the outcome alone"""
     wait_s: _builtins.float
+    epoch: _builtins.str
+    """as the last reply said; empty: not known yet"""
     def __init__(
         self,
         *,
@@ -896,13 +902,15 @@ class AgreeRequest(_message.Message):
         size: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         abort: _builtins.str = ...,
+        asks: _builtins.bool = ...,
         wait_s: _builtins.float = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "payload", b"payload", "vote", b"vote"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "asks", b"asks", "payload", b"payload", "vote", b"vote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "group", b"group", "payload", b"payload", "rank", b"rank", "round", b"round", "size", b"size", "vote", b"vote", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "asks", b"asks", "epoch", b"epoch", "group", b"group", "payload", b"payload", "rank", b"rank", "round", b"round", "size", b"size", "vote", b"vote", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_vote: _TypeAlias = _typing.Literal["payload", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_vote: _TypeAlias = _typing.Literal["payload", "abort", "asks"]  # noqa: Y015
     _WhichOneofArgType_vote: _TypeAlias = _typing.Literal["vote", b"vote"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_vote) -> _WhichOneofReturnType_vote | None: ...
 
@@ -973,6 +981,8 @@ class AgreeReply(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     AGREED_FIELD_NUMBER: _builtins.int
     ABORTED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
     @_builtins.property
     def pending(self) -> Global___AgreeReply.Pending: ...
     @_builtins.property
@@ -985,10 +995,11 @@ class AgreeReply(_message.Message):
         pending: Global___AgreeReply.Pending | None = ...,
         agreed: Global___AgreeReply.Agreed | None = ...,
         aborted: Global___AgreeReply.Aborted | None = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "agreed", b"agreed", "outcome", b"outcome", "pending", b"pending"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "agreed", b"agreed", "outcome", b"outcome", "pending", b"pending"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "agreed", b"agreed", "epoch", b"epoch", "outcome", b"outcome", "pending", b"pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["pending", "agreed", "aborted"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -143,7 +143,9 @@ class DirectoryServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Agree(self, request, context):
-        """All-or-nothing agreement of the ranks of a group. Waits up to `wait_s` for the decision; idempotent, ask again.
+        """All-or-nothing agreement of the ranks of a group, one round after the other. Waits up to `wait_s` for the decision;
+        idempotent, ask again. A yes counts only with the coordinator's `epoch`, which names the memory that its votes are kept in:
+        it is new when earlier votes were forgotten. RESOURCE_EXHAUSTED: too many votes are kept; this one wasn't counted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

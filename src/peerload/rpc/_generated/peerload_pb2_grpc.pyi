@@ -51,7 +51,10 @@ class DirectoryStub:
     after the marker; ask again.
     """
     Agree: _grpc.UnaryUnaryMultiCallable[_peerload_pb2.AgreeRequest, _peerload_pb2.AgreeReply]
-    """All-or-nothing agreement of the ranks of a group. Waits up to `wait_s` for the decision; idempotent, ask again."""
+    """All-or-nothing agreement of the ranks of a group, one round after the other. Waits up to `wait_s` for the decision;
+    idempotent, ask again. A yes counts only with the coordinator's `epoch`, which names the memory that its votes are kept in:
+    it is new when earlier votes were forgotten. RESOURCE_EXHAUSTED: too many votes are kept; this one wasn't counted.
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_peerload_pb2.StatusRequest, _peerload_pb2.StatusReply]
 
 @_typing.type_check_only
@@ -72,7 +75,10 @@ class DirectoryAsyncStub(DirectoryStub):
     after the marker; ask again.
     """
     Agree: _aio.UnaryUnaryMultiCallable[_peerload_pb2.AgreeRequest, _peerload_pb2.AgreeReply]  # type: ignore[assignment]
-    """All-or-nothing agreement of the ranks of a group. Waits up to `wait_s` for the decision; idempotent, ask again."""
+    """All-or-nothing agreement of the ranks of a group, one round after the other. Waits up to `wait_s` for the decision;
+    idempotent, ask again. A yes counts only with the coordinator's `epoch`, which names the memory that its votes are kept in:
+    it is new when earlier votes were forgotten. RESOURCE_EXHAUSTED: too many votes are kept; this one wasn't counted.
+    """
     Status: _aio.UnaryUnaryMultiCallable[_peerload_pb2.StatusRequest, _peerload_pb2.StatusReply]  # type: ignore[assignment]
 
 class DirectoryServicer(metaclass=_abc_1.ABCMeta):
@@ -144,7 +150,10 @@ class DirectoryServicer(metaclass=_abc_1.ABCMeta):
         request: _peerload_pb2.AgreeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_peerload_pb2.AgreeReply, _abc.Awaitable[_peerload_pb2.AgreeReply]]:
-        """All-or-nothing agreement of the ranks of a group. Waits up to `wait_s` for the decision; idempotent, ask again."""
+        """All-or-nothing agreement of the ranks of a group, one round after the other. Waits up to `wait_s` for the decision;
+        idempotent, ask again. A yes counts only with the coordinator's `epoch`, which names the memory that its votes are kept in:
+        it is new when earlier votes were forgotten. RESOURCE_EXHAUSTED: too many votes are kept; this one wasn't counted.
+        """
 
     @_abc_1.abstractmethod
     def Status(

@@ -14,23 +14,24 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 
-from peerload.batch import Batch
-from peerload.config import Config
-from peerload.cuda import driver
-from peerload.cuda.driver import Device, Stream
-from peerload.cuda.kernels import compiled
-from peerload.cuda.mover import Pinned
-from peerload.deadline import Deadline
-from peerload.manifest import Catalog, TensorSpec
-from peerload.space import space_on
-from peerload.testing.gpu import DeviceArena, why_not
-from peerload.testing.source_process import SourceProcess
-from peerload.transport.base import Region, Transport
-from peerload.transport.cuda_ipc import CudaIpcTransport
-from peerload.transport.registry import open_transport
+from ..batch import Batch
+from ..config import Config
+from ..cuda import driver
+from ..cuda.driver import Device, Stream
+from ..cuda.kernels import compiled
+from ..cuda.mover import Pinned
+from ..deadline import Deadline
+from ..manifest import Catalog, TensorSpec
+from ..space import space_on
+from ..testing.gpu import DeviceArena, why_not
+from ..testing.source_process import SourceProcess
+from ..transport.base import Region, Transport
+from ..transport.cuda_ipc import CudaIpcTransport
+from ..transport.registry import open_transport
 
 GPU = "cuda:0"
 
@@ -104,12 +105,12 @@ def between(there: str, nbytes: int, rounds: int) -> dict[str, float]:
         transport = stack.enter_context(closing(CudaIpcTransport(GPU)))
         transport.register([here.region()])
         began = time.perf_counter()
-        peer = transport.connect(source.description, "source")
+        peer = transport.connect(source.description, "source", Deadline.after(20))
         found["connect, ms"] = 1e3 * (time.perf_counter() - began)
         shift = int(transport._peers[peer].shift[0])
         found["driver's copy, two processes"] = nbytes / timed(lambda: raw(source.address[0] + shift), rounds) / 1e9
         for name, batch in shapes(source.address[0], dst, nbytes).items():
-            found[name] = batch.nbytes / timed(lambda batch=batch: read(transport, peer, batch), rounds) / 1e9
+            found[name] = batch.nbytes / timed(partial(read, transport, peer, batch), rounds) / 1e9
         landing = np.empty(16, np.uint8)
         transport.register([Region(landing.ctypes.data, landing.nbytes)])
         fence = one_copy(source.address[0], landing.ctypes.data, 16)
@@ -221,7 +222,7 @@ def main() -> int:
     compiled(*device.capability)
     result: dict[str, object] = {"bench": "cuda", "gpu": device.model, "gpus": driver.count(), "nbytes": nbytes,
                                  "compile_s": round(time.perf_counter() - began, 3)}  # fmt: skip
-    tables = {"within one GPU": lambda: between(GPU, nbytes, told.rounds)}
+    tables: dict[str, Callable[[], dict[str, float]]] = {"within one GPU": lambda: between(GPU, nbytes, told.rounds)}
     if not why_not(2):
         tables["between two GPUs"] = lambda: between("cuda:1", nbytes, told.rounds)
     tables["digest"] = lambda: digests(nbytes, told.rounds)

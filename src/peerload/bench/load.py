@@ -1,7 +1,7 @@
 """A whole load: 1 GiB of Llama into four ranks, out of a TP2 seed's memory and by the engine's own load from page cache
 (--cold: from disk).
 
-    python bench/load.py [--layers 9] [--rounds 5] [--seed-tp 2] [--target-tp 4] [--no-attach] [--no-verify] [--cold]
+    peerload bench load -- [--layers 9] [--rounds 5] [--seed-tp 2] [--target-tp 4] [--no-attach] [--no-verify] [--cold]
 
 Both kinds of instance are real processes of the same engine, in turn, A B A B. Counted is everything from the start of
 building the model until every page of every parameter can be read (`whole_s`, the slowest rank): construction, discovery,
@@ -20,15 +20,15 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from peerload.config import Config
-from peerload.console import Console
-from peerload.demo.events import Generated, Loaded
-from peerload.demo.instance import Instance, RankSpec
-from peerload.demo.run import START_S, coordinator
-from peerload.limits import memcpy_gb_per_s
-from peerload.receipt import Receipt
+from ..config import Config
+from ..console import Console
+from ..demo.events import Generated, Loaded
+from ..demo.instance import Instance, RankSpec
+from ..demo.run import START_S, coordinator
+from ..limits import memcpy_gb_per_s
+from ..receipt import Receipt
 
 #: Common ones, about 1 GiB with 9 layers: every shard is a whole number of pages, as in the models people serve.
 DIMENSIONS: Final[dict[str, int]] = {
@@ -52,11 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed-tp", type=int, default=2)
     parser.add_argument("--target-tp", type=int, default=4)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--interface", default="", help="for transport nixl")
     parser.add_argument("--no-attach", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--cold", action="store_true", help="the engine's load finds nothing in the page cache")
     args = parser.parse_args(argv)
-    from peerload.testing.checkpoints import make_checkpoint
+    from ..testing.checkpoints import make_checkpoint
 
     console = Console()
     with ExitStack() as stack:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = memcpy_gb_per_s()
         console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
         config = Config(
-            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport,
+            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport, interface=args.interface,
             verify="off" if args.no_verify else "on", attach=not args.no_attach,
         )  # fmt: skip
         spec = RankSpec(
@@ -79,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         ours: list[float] = []
         theirs: list[float] = []
         receipts: list[Receipt] = []
+        figures_of: dict[Literal["peer", "disk"], list[float]] = {"peer": ours, "disk": theirs}
         for number in range(args.rounds + 1):
-            for role, figures in (("peer", ours), ("disk", theirs)):
+            for role, figures in figures_of.items():
                 if args.cold and role == "disk":
                     _forget(directory)
                 with Instance(replace(target, role=role, instance=f"{role}{number}"), room) as instance:

@@ -1,6 +1,6 @@
 """How fast digests are, against memcpy in the same run; and the comparison of 100,000 measured boxes.
 
-    python bench/digest.py [--gib 1] [--rounds 5]
+    peerload bench digest -- [--gib 1] [--rounds 5]
 
 The limit is memory: a digest reads each byte once, a copy reads and writes it. Shares are of the memcpy rate (bytes copied
 per second) with as many threads; both are medians of runs that alternate. Ends in one JSON line.
@@ -17,14 +17,15 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
-from peerload.digest import PRIME, digest_boxes
-from peerload.geometry import Box
-from peerload.manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, SourceId, TensorSpec
-from peerload.space import HOST, digest_layout
-from peerload.verify import Claims, Measured, compare
+from ..digest import PRIME, digest_boxes
+from ..geometry import Box
+from ..manifest import ITEMSIZE, Catalog, Layout, Piece, Pieces, SourceId, TensorSpec
+from ..space import HOST, digest_layout
+from ..verify import Claims, Measured, compare
 
 HIDDEN, INTER = 8192, 28672  # Llama-3.3-70B
 memcpy = ctypes.CDLL(None).memcpy
@@ -74,8 +75,8 @@ def against_memcpy(source: np.ndarray, to: np.ndarray, rounds: int) -> dict[str,
         for threads in (1, 2):
             for name, layout in layouts.items():
                 row = rates.setdefault(f"{name}, {threads} thread{'s'[: threads - 1]}", {"memcpy": [], "digest": []})
-                row["memcpy"].append(len(source) / timed(lambda t=threads: copy(to, source, t)) / 1e9)
-                seconds = timed(lambda x=layout, t=threads: digest_layout(HOST, x, address, threads=t))
+                row["memcpy"].append(len(source) / timed(partial(copy, to, source, threads)) / 1e9)
+                seconds = timed(partial(digest_layout, HOST, layout, address, threads=threads))
                 row["digest"].append(layout.nbytes / seconds / 1e9)
     found = {}
     for name, row in sorted(rates.items()):

@@ -1,30 +1,42 @@
 """What the coordinator costs at DeepSeek-V3's size: eight ranks (TP8, EP8) of per-expert tensors, then replicas.
 
 The physical limit: a cold target receives the compressed catalog and layouts once, and decompresses and checks every
-piece. Ends in one JSON line; seconds unless the name says otherwise.
+piece. Then what it costs that many ranks wait in a vote, as a share of one core: a coordinator in a process of its own, ranks in
+four others. Ends in one JSON line; seconds unless the name says otherwise.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from peerload.manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
-from peerload.rpc import codec
-from peerload.rpc.client import CoordinatorClient
-from peerload.rpc.server import serve
-from peerload.testing import layouts
+from ..deadline import Deadline
+from ..errors import PeerloadError
+from ..manifest import Binding, Endpoint, Layout, ModelKey, Offer, Parallel, SourceId
+from ..rpc import codec
+from ..rpc.client import CoordinatorClient
+from ..rpc.server import serve
+from ..testing import layouts
 
 T = TypeVar("T")
 MODEL = ModelKey("deepseek-ai/DeepSeek-V3")
 SMALL = 500
+WAITING = (600, 1200)
+#: Long enough for every rank to ask again, whatever its first call did, seconds.
+WATCHED_S = 25.0
+COORDINATOR = "from peerload.rpc.server import serve; c = serve('127.0.0.1:0', 'memory'); print(c.address, flush=True); c.wait()"
 
 
 def best(work: Callable[[], T], times: int = 3) -> tuple[float, T]:
@@ -35,6 +47,11 @@ def best(work: Callable[[], T], times: int = 3) -> tuple[float, T]:
         result = work()
         seconds.append(time.perf_counter() - began_s)
     return min(seconds), result
+
+
+def _announce(seed: CoordinatorClient, offers: list[Offer]) -> None:
+    for rank in offers:
+        seed.announce(rank, MODEL)
 
 
 def offer(layout: Layout, instance: str, rank: int) -> Offer:
@@ -49,7 +66,7 @@ def served(store: str, ranks: list[Layout]) -> dict[str, object]:
     with serve("127.0.0.1:0", store) as coordinator, CoordinatorClient(coordinator.address) as seed:
         for instance in ("first", "replica"):
             offers = [offer(layout, instance, rank) for rank, layout in enumerate(ranks)]
-            out[f"announce_8_ranks_{instance}"], _ = best(lambda o=offers: [seed.announce(rank, MODEL) for rank in o], 1)
+            out[f"announce_8_ranks_{instance}"], _ = best(partial(_announce, seed, offers), 1)
         with CoordinatorClient(coordinator.address) as target:
             out["discover_16_ranks_cold"], found = best(lambda: target.discover(MODEL), 1)
             assert sum(len(o.layout.pieces) for o in found) == 2 * sum(len(r.pieces) for r in ranks)
@@ -63,7 +80,56 @@ def served(store: str, ranks: list[Layout]) -> dict[str, object]:
     return out
 
 
+def wait_in_votes(url: str, first: int, ranks: int) -> None:
+    """A process of ranks that each wait for one that doesn't come."""
+
+    def wait(client: CoordinatorClient, rank: int) -> None:
+        with suppress(PeerloadError):  # the coordinator has ended
+            client.agree(f"group {rank}", 0, 0, 2, bytes(20_000), Deadline.after(600))
+
+    with ExitStack() as stack:
+        clients = [stack.enter_context(CoordinatorClient(url)) for _ in range(ranks)]
+        for number, client in enumerate(clients):
+            threading.Thread(target=wait, args=(client, first + number), daemon=True).start()
+        print("they wait", flush=True)
+        sys.stdin.read()
+        os._exit(0)
+
+
+def cpu_s(pid: int) -> float:
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def waiting(ranks: int) -> dict[str, object]:
+    with ExitStack() as stack:
+
+        def started(*words: str) -> tuple[subprocess.Popen[str], str]:
+            process = subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            return process, process.stdout.readline().strip()
+
+        coordinator, url = started("-c", COORDINATOR)
+        for part in range(4):
+            started(__file__, url, str(part * ranks // 4), str(ranks // 4))
+        client = stack.enter_context(CoordinatorClient(url))
+        while len(client.status().open_rounds) < ranks:
+            time.sleep(0.5)
+        seed = offer(layouts.layout(layouts.tiny_llama(), Parallel(), 0), "i", 0)
+        lease, slowest_s = client.announce(seed, MODEL), 0.0
+        began_s, began_cpu_s = time.monotonic(), cpu_s(coordinator.pid)
+        while (passed_s := time.monotonic() - began_s) < WATCHED_S:
+            seconds, _ = best(lambda: client.renew(lease), 1)
+            slowest_s = max(slowest_s, seconds)
+            time.sleep(0.2)
+        share = (cpu_s(coordinator.pid) - began_cpu_s) / passed_s
+        return {f"waiting_{ranks}_core_share": share, f"waiting_{ranks}_slowest_renewal": slowest_s}
+
+
 def main() -> None:
+    if len(sys.argv) == 4:
+        wait_in_votes(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     ranks = [layouts.layout(layouts.deepseek_v3(), Parallel(tp=8, ep=8), rank) for rank in range(8)]
     catalog = ranks[0].catalog
     out: dict[str, object] = {"tensors": len(catalog), "pieces": sum(len(r.pieces) for r in ranks)}
@@ -80,6 +146,8 @@ def main() -> None:
         for store in ("memory", f"sqlite:{Path(folder) / 'bench.db'}"):
             name = store.partition(":")[0]
             out |= {f"{name}_{key}": value for key, value in served(store, ranks).items()}
+    for count in WAITING:
+        out |= waiting(count)
     for key, value in out.items():
         sys.stdout.write(f"{key:32} {value:.4f}\n" if isinstance(value, float) else f"{key:32} {value}\n")
     sys.stdout.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}) + "\n")

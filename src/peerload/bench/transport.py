@@ -4,7 +4,7 @@ The limits come first, measured in the same run: memcpy on one thread and on two
 untouched memory of the kind that a fresh target receives into (a memfd arena). Limit and candidates alternate, several
 times; the numbers are medians, for such machines are noisy. Ends in one JSON line.
 
-    python bench/transport.py [--rounds 7] [--mebibytes 1024]
+    peerload bench transport -- [--rounds 7] [--mebibytes 1024]
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from peerload.batch import Batch
-from peerload.config import Config
-from peerload.deadline import Deadline
-from peerload.memory import Arena
-from peerload.testing.source_process import SourceProcess
-from peerload.transport.base import Transport
-from peerload.transport.registry import cma_error, open_transport, probe
+from ..batch import Batch
+from ..config import Config
+from ..deadline import Deadline
+from ..memory import Arena
+from ..testing.source_process import SourceProcess
+from ..transport.base import Transport
+from ..transport.registry import cma_error, open_transport, probe
 
 memcpy = ctypes.CDLL(None).memcpy
 memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -135,11 +135,11 @@ class Side:
 
 def open_side(stack: ExitStack, arena: Arena, here: int, nbytes: int, kind: str, memory: str) -> Side:
     source = stack.enter_context(SourceProcess(kind, [nbytes], memory=memory, random=False))
-    transport = open_transport(kind, Config(threads=2))
+    transport = open_transport(kind, Config(threads=2, interface="lo"))
     stack.callback(transport.close)
     transport.register([arena.region()])
     first = source.address[0]
-    return Side(transport, transport.connect(source.description, kind), first, shapes(first, here, nbytes))
+    return Side(transport, transport.connect(source.description, kind, Deadline.after(20)), first, shapes(first, here, nbytes))
 
 
 def one_round(

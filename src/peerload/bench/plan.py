@@ -1,6 +1,6 @@
 """How long planning and lowering take for one target rank, and how much memory.
 
-    python bench/plan.py [--runs 5] [--case NAME]
+    peerload bench plan -- [--runs 5] [--case NAME]
 
 The limit is the size of the answer: DeepSeek-V3 on 8 ranks is 100,000 pieces on offer, about 12 MB of columns, which NumPy
 walks in milliseconds. Each case runs in its own process. Seeds' layouts are decoded from their wire format anew for each
@@ -25,12 +25,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from peerload.lower import Lowered, lower
-from peerload.manifest import Binding, Catalog, Layout, Offer, Parallel, SourceId
-from peerload.plan import Plan, make_plan
-from peerload.rpc.codec import decode_catalog, decode_layout, encode_catalog, encode_layout
-from peerload.testing.layouts import FP8_BLOCK, Held, Model, deepseek_v3, kimi_k2, layout, layouts, llama_70b, qwen3_235b
-from peerload.transport.base import Limits
+from ..lower import Lowered, lower
+from ..manifest import Binding, Catalog, Layout, Offer, Parallel, SourceId
+from ..plan import Plan, make_plan
+from ..rpc.codec import decode_catalog, decode_layout, encode_catalog, encode_layout
+from ..testing.layouts import FP8_BLOCK, Held, Model, deepseek_v3, kimi_k2, layout, layouts, llama_70b, qwen3_235b
+from ..transport.base import Limits
 
 STAGING_NBYTES = 256 << 20
 STRIDED = Limits(strided=True, operation_nbytes=4096, max_batch_nbytes=256 << 20)
@@ -153,7 +153,7 @@ def main() -> None:
     print(f"{'':48}" + "".join(f"{head:>12}" for head in heads))
     results = []
     for name in CASES:
-        command = [sys.executable, __file__, "--runs", str(args.runs), "--case", name]
+        command = [sys.executable, "-m", __spec__.name, "--runs", str(args.runs), "--case", name]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=600).stdout
         r = json.loads(out)
         results.append(r)
