@@ -335,6 +335,24 @@ def test_a_rank_that_fails_at_the_engines_last_step_stops_all(url: str, checkpoi
                     assert type(second) is Failure
 
 
+@pytest.mark.parametrize("retain_bytes", [0, 1 << 20])
+def test_what_the_engines_last_step_rewrites_is_offered_as_it_was_before(url: str, checkpoint: Path, retain_bytes: int) -> None:
+    """Out of a copy, or not at all: the target's engine takes that step itself, on the bytes of the checkpoint."""
+
+    def finish(model: nn.Module) -> None:
+        model.up.data.mul_(2)
+
+    config = configured(url, model_name=f"toy-last-{retain_bytes}", retain_bytes=retain_bytes)
+    with Instance("seed", 2, checkpoint, config, finish=finish) as seed:
+        seed.load()
+        seed.serve()
+        with Instance("target", 2, checkpoint, config, finish=finish) as target:
+            assert sources(target.load()) == ({"seed"} if retain_bytes else {"seed", f"disk:{checkpoint.name}"})
+            for model in target.models:
+                model.up.data.div_(2)
+            assert_loaded(target)
+
+
 def test_what_an_engine_makes_from_disk_is_made_before_anybody_commits(url: str, checkpoint: Path) -> None:
     """At another TP no seed has `decay`. Here a rank can't make it."""
     config = configured(url, model_name="toy-derive")

@@ -78,7 +78,7 @@ def replica(
             seed = Seed(
                 model, opened.layout, opened.address, coordinator=client, transports=serving, instance=member.instance,
                 files=opened.files.contents, attributes=attributes, arena=arena if config.attach else None,
-                digests=config.verifies, threads=config.threads,
+                digests=config.verifies, proven=receipt.digests, threads=config.threads,
             )  # fmt: skip
             stack.enter_context(seed)
         yield Replica(opened, receipt, engine_s, seed)

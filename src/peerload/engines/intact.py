@@ -29,13 +29,15 @@ FREED = "freed by post-processing"
 @dataclass(frozen=True, slots=True, eq=False)
 class Offered:
     """What a seed can give: `layout`, its buffers at `address`. memory: bytes of each buffer, which keep it alive. copies:
-    how many of the buffers, the last ones, are copies taken before post-processing. lost: reason by parameter not offered."""
+    how many of the buffers, the last ones, are copies taken before post-processing. lost: reason by parameter not offered.
+    proven: digest of each piece, by row of the layout, as the bytes had it when they arrived."""
 
     layout: Layout
     address: IntArray
     memory: list[Tensor]
     copies: int
     lost: Mapping[str, str]
+    proven: Mapping[int, int]
 
     def __str__(self) -> str:
         text = f"{readable(int(self.layout.buffer_nbytes.sum()))} of {len(self.memory)} parameters as they were loaded"
@@ -76,6 +78,10 @@ class Loaded:
             loaded.copies[row] = _bytes(tensors[row]).clone()
         return loaded
 
+    def prove(self, digests: Mapping[int, int]) -> None:
+        """These digests of pieces, by row, were measured when the bytes arrived (`Receipt.digests`), and count."""
+        self.before[list(digests)] = list(digests.values())
+
     def offered(self, model: nn.Module, *, threads: int) -> Offered:
         """What is left of it in `model`, in place, or else in our copies. Gives up the copies that aren't needed."""
         alive = _Storages(model, self.space.device)
@@ -89,22 +95,27 @@ class Loaded:
             del found[row]
         copies = {row: copy for row, copy in self.copies.items() if row not in found}
         self.copies.clear()
+        for row in copies.keys() - self._intact(copies, threads):
+            rewritten |= {row}
+            del copies[row]
         lost = {
             name: REWRITTEN if row in rewritten else FREED
             for row, name in enumerate(self.layout.buffer_names)
             if row not in found and row not in copies
         }
         memory = found | copies
-        layout = _part(self.layout, list(memory), lost)
+        kept, layout = _part(self.layout, list(memory), lost)
         address = np.array([m.data_ptr() for m in memory.values()], np.int64)
-        return Offered(layout, address, list(memory.values()), len(copies), lost)
+        proven = dict(enumerate(self.before[kept].tolist()))
+        return Offered(layout, address, list(memory.values()), len(copies), lost, proven)
 
-    def _intact(self, found: Mapping[int, Tensor], threads: int) -> set[int]:
-        """Rows of the buffers of which every piece still has its digest."""
-        rows = np.array(sorted(found), np.int64)
+    def _intact(self, memory: Mapping[int, Tensor], threads: int) -> set[int]:
+        """Rows of the buffers, now in `memory`, of which every piece still has its digest."""
+        rows = np.array(sorted(memory), np.int64)
+        address = self.address.copy()
+        address[rows] = [memory[row].data_ptr() for row in rows.tolist()]
         pieces = np.flatnonzero(np.isin(self.layout.pieces.buffer, rows))
-        part = replace(self.layout, pieces=self.layout.pieces.take(pieces), constants=(), aliases={})
-        now = digest_layout(self.space, part, self.address, threads=threads)
+        now = digest_layout(self.space, self.layout, address, rows=pieces, threads=threads)
         changed = self.layout.pieces.buffer[pieces[now != self.before[pieces]]]
         return set(np.setdiff1d(rows, changed).tolist())
 
@@ -151,13 +162,14 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (tensor.nbytes,))
 
 
-def _part(layout: Layout, rows: list[int], lost: Mapping[str, str]) -> Layout:
-    """The buffers `rows` of a layout, in that order, and what lies in them."""
+def _part(layout: Layout, rows: list[int], lost: Mapping[str, str]) -> tuple[IntArray, Layout]:
+    """The buffers `rows` of a layout, in that order, and what lies in them; and which of its pieces that is."""
     number = np.full(len(layout.buffer_names), -1, np.int64)
     number[rows] = np.arange(len(rows))
-    kept = layout.pieces.take(np.flatnonzero(number[layout.pieces.buffer] >= 0))
+    which = np.flatnonzero(number[layout.pieces.buffer] >= 0)
+    kept = layout.pieces.take(which)
     pieces = Pieces(kept.tensor, kept.start, kept.stop, number[kept.buffer], kept.offset, kept.stride)
-    return replace(
+    return which, replace(
         layout,
         buffer_names=tuple(layout.buffer_names[r] for r in rows),
         buffer_nbytes=layout.buffer_nbytes[rows],

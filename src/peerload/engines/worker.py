@@ -127,6 +127,7 @@ class Worker:
         try:
             return self._load(model)
         except Exception as error:
+            self._loaded = None
             if self._config.fallback != "disk":
                 raise
             if not isinstance(error, PeerloadError):
@@ -144,8 +145,8 @@ class Worker:
                 job = self._job(model, key, checkpoint, traced, deadline, stack)
             receipt = load(job)
         self._report(receipt)
-        if self._config.source:
-            self._loaded = self._unless_it_fails(lambda: (key, self._kept(traced)))
+        if self._loaded is not None:
+            self._loaded[1].prove(receipt.digests)
         return receipt
 
     def serve(self, model: nn.Module) -> Seed | None:
@@ -164,9 +165,6 @@ class Worker:
         self.close()
         return None
 
-    def _kept(self, traced: Traced) -> Loaded:
-        return Loaded.of(traced, retain_nbytes=self._config.retain_bytes, threads=self._config.threads)
-
     def _serve(self, model: nn.Module) -> Seed | None:
         if self._loaded is None:
             return None
@@ -184,7 +182,7 @@ class Worker:
             key, offered.layout, offered.address, coordinator=client, transports=transports,
             instance=self._identity.instance, files=self._files(),
             attributes={"engine": self._identity.engine}, space=loaded.space, digests=self._config.verifies,
-            threads=self._config.threads,
+            proven=offered.proven, threads=self._config.threads,
         )  # fmt: skip
         self._stack.enter_context(seed)
         self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
@@ -280,6 +278,9 @@ class Worker:
             if left:
                 assert checkpoint is not None, "nothing is left without one"
                 self._derive(model, checkpoint, traced, left)
+            if config.source:  # before the engine's last step, which targets take themselves
+                kept = {"retain_nbytes": config.retain_bytes, "threads": config.threads}
+                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(traced, **kept)))
             if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
                 self._finish(model)
 
