@@ -1,0 +1,1 @@
+"""Inference engines and checkpoints: the only importers of vendors' engines."""

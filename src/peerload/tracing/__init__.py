@@ -1,0 +1,1 @@
+"""Which checkpoint element each byte of an engine's parameters holds."""

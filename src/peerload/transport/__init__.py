@@ -1,0 +1,1 @@
+"""Ways to read another process's memory, or a file, into ours."""
