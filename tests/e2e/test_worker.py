@@ -227,6 +227,16 @@ def test_a_host_without_the_checkpoint_loads_what_seeds_hold(url: str, checkpoin
         assert_loaded(target)
 
 
+def test_a_host_without_the_checkpoint_waits_no_longer_than_the_whole_load_may_take(
+    url: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = configured(url, model_name="nobody-has-it", revision="1", fallback="fail", wait_s=20, deadline_s=1)
+    begun_s = time.monotonic()
+    with Instance("early", 1, tmp_path, config) as target, pytest.raises(ConfigError, match="nobody offers nobody-has-it"):
+        target.load()
+    assert time.monotonic() - begun_s < 10
+
+
 def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoint: Path) -> None:
     config = configured("127.0.0.1:1")
     launch = Launch.now(config)

@@ -140,7 +140,7 @@ class Worker:
         deadline = Deadline.after(self._config.deadline_s)
         with ExitStack() as stack:
             with self._together(deadline):
-                key, catalog, checkpoint = self._source()
+                key, catalog, checkpoint = self._source(deadline)
                 traced = self._trace(model, catalog)
                 job = self._job(model, key, checkpoint, traced, deadline, stack)
             receipt = load(job)
@@ -222,7 +222,7 @@ class Worker:
         except ConfigError:
             return {}
 
-    def _source(self) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+    def _source(self, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config, launch = self._config, self._identity.launch
@@ -239,7 +239,7 @@ class Worker:
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
         with CoordinatorClient(config.url) as client:
             try:
-                offers = client.wait_for(key, Deadline.after(config.wait_s), bool)
+                offers = client.wait_for(key, deadline.within(config.wait_s), bool)
             except DeadlineExceeded as error:
                 raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
         return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None
