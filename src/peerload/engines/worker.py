@@ -139,8 +139,9 @@ class Worker:
     def _load(self, model: nn.Module) -> Receipt:
         deadline = Deadline.after(self._config.deadline_s)
         with ExitStack() as stack:
-            with self._together(deadline):
+            with self._together(deadline) as loading:
                 key, catalog, checkpoint = self._source(deadline)
+                loading.append(str(key))
                 traced = self._trace(model, catalog)
                 job = self._job(model, key, checkpoint, traced, deadline, stack)
             receipt = load(job)
@@ -193,17 +194,17 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline) -> Iterator[None]:
+    def _together(self, deadline: Deadline) -> Iterator[list[str]]:
         """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
-        for a load that won't begin."""
-        who = self._identity
+        for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
+        who, loading = self._identity, list[str]()
         if who.size == 1:
-            yield
+            yield loading
             return
         group = f"{who.instance}/{who.launch.number}/begin"
         with CoordinatorClient(self._config.url) as client:
             try:
-                yield
+                yield loading
             except BaseException as error:
                 try:
                     client.abort(group, 0, who.rank, who.size, _reason(error))
@@ -211,9 +212,16 @@ class Worker:
                     log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
                 raise
             try:
-                client.agree(group, 0, who.rank, who.size, b"", deadline)
+                heard = client.agree(group, 0, who.rank, who.size, "".join(loading).encode(), deadline)
             except CommitError as error:
                 raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
+        for rank, said in enumerate(heard):
+            if said != heard[0]:
+                raise CommitError(
+                    f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
+                    f"{said.decode(errors='replace')}",
+                    next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
+                )  # fmt: skip
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
