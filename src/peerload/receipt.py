@@ -31,7 +31,7 @@ class Receipt:
     How each byte received is proven: verified_nbytes by the digests that seeds announced; checkpoint_nbytes were read from this
     host's own checkpoint and no digest covers them; unverified_nbytes by nothing, since `verify` was off, or since this rank
     holds only a part of what a digest covers and pulled alone. Together they are needed_nbytes.
-    reread_nbytes: received wrong, and read again.
+    reread_nbytes: received wrong, or unproven from a source that was then lost, and read again.
     left: logical tensors that nobody held and that the engine has to derive from the checkpoint itself.
     digest: sum, modulo 2^61 - 1, of the digests of the `digest_tensors` logical tensors that the ranks of this instance hold
     whole between them: equal for equal weights whatever the parallel layout.

@@ -425,6 +425,16 @@ def test_bad_announcements_are_refused_by_field_and_not_stored(coordinator: Coor
     assert refused.value.field == "files"
 
 
+def test_a_question_about_no_model_is_refused_by_field(coordinator: Coordinator) -> None:
+    with grpc.insecure_channel(coordinator.address) as channel:
+        stub = pb_grpc.DirectoryStub(channel)
+        for ask in (lambda: stub.Discover(pb.DiscoverRequest(), timeout=5), lambda: stub.Watch(pb.WatchRequest(), timeout=5)):
+            with pytest.raises(grpc.RpcError) as error:
+                list(ask())
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "model.name" in error.value.details()
+
+
 def test_an_oversized_message_is_refused(coordinator: Coordinator, client: CoordinatorClient) -> None:
     with grpc.insecure_channel(coordinator.address, [("grpc.max_send_message_length", 1 << 30)]) as channel:
         with pytest.raises(grpc.RpcError) as caught:

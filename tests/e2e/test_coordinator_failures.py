@@ -275,6 +275,20 @@ def test_an_abort_that_cannot_be_stored_is_told_and_stored_later(tmp_path: Path)
             client.agree("target", 1, 0, 2, b"0", Deadline.after(60))
 
 
+def test_who_waits_hears_of_a_seed_that_could_not_be_stored(tmp_path: Path) -> None:
+    """It may be read, as `discover` says; only a restart would forget it."""
+    store = f"sqlite:{tmp_path}/peerload.db"
+    with process(store) as (first, address), CoordinatorClient(address) as client, ThreadPoolExecutor() as pool:
+        client.announce(offer(), MODEL)  # its blobs are there
+        waiting = pool.submit(client.wait_for, MODEL, Deadline.after(20), lambda found: len(found) == 2)
+        time.sleep(0.5)
+        with full_disk(first, tmp_path):
+            with pytest.raises(CoordinatorError, match="can't be written"):
+                client.announce(offer("other"), MODEL)
+            assert len(client.discover(MODEL)) == 2
+            assert len(waiting.result(10)) == 2
+
+
 # The store.
 
 

@@ -105,6 +105,23 @@ class TestLostSource:
             assert results[0].receipt is not None
             assert "a/rank 0" not in results[0].receipt.sources
 
+    @pytest.mark.parametrize("other", ["seed", "disk"])
+    def test_killed_in_the_middle_of_a_change_while_a_rank_pulls_alone(self, url: str, other: str, tmp_path: Path) -> None:
+        """Half of what it gave is half of what a digest covers: neither a digest nor a fence vouches for that."""
+        config = CONFIG.replace(fallback="disk", attach=False)
+        with ExitStack() as stack:
+            a = stack.enter_context(SeedProcess(seed(url, "a", memory="plain", config=config)))
+            if other == "seed":
+                stack.enter_context(SeedProcess(seed(url, "b", memory="plain", config=config)))
+            change, kill = Slow("a/", 15, lambda: a.ask("begin change")), Slow("a/", 30, a.kill)
+            results = load_ranks(
+                target(url, 2, ranks=(1,), config=config), size=1, wrap=lambda r, t: kill(r, change(r, t)),
+                reserve=[on_disk(MODEL, tmp_path)],
+            )  # fmt: skip
+        assert change.happened.is_set()
+        assert kill.happened.is_set()
+        good(results)
+
     def test_ranks_that_are_stopped_cost_the_time_of_one(self, url: str) -> None:
         """Each rank of a wedged instance is given up after `stall_s`, all of them at once, and well before the deadline."""
         four, config = Parallel(tp=4), CONFIG.replace(deadline_s=40.0, stall_s=4.0)

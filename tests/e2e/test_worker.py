@@ -92,10 +92,10 @@ class Instance:
         self.launch = launch or Launch(name, uuid.uuid4().hex)
         self.workers = [self._worker(rank) for rank in range(tp)]
 
-    def _worker(self, rank: int) -> Worker:
+    def _worker(self, rank: int, checkpoint: Path | None = None) -> Worker:
         who = Identity("toy 1.0", self.launch, Parallel(tp=self.tp), rank, self.tp)
         return Worker(
-            who, self.config, self.checkpoint,
+            who, self.config, checkpoint or self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
             finish=self.finish, known_as=self.known_as,
         )  # fmt: skip
@@ -225,6 +225,14 @@ def test_a_host_without_the_checkpoint_loads_what_seeds_hold(url: str, checkpoin
         assert sources(target.load()) == {"seed"}
         target.checkpoint = checkpoint
         assert_loaded(target)
+
+
+def test_a_host_without_the_checkpoint_waits_no_longer_than_its_deadline(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    config = configured(url, model_name="nobody-has-it", revision="1", fallback="fail", wait_s=20, deadline_s=1)
+    begun_s = time.monotonic()
+    with Instance("early", 1, tmp_path, config) as target, pytest.raises(ConfigError, match="nobody offers nobody-has-it"):
+        target.load()
+    assert time.monotonic() - begun_s < 10
 
 
 def test_without_a_coordinator_its_engine_loads_from_disk_or_it_says_so(checkpoint: Path) -> None:
@@ -410,6 +418,20 @@ def test_when_seeds_contradict_each_other_all_ranks_load_from_disk(url: str, che
         assert_loaded(target)
         with pytest.raises(VerifyError, match=r"up\.weight"):
             stack.enter_context(Instance("strict", 2, checkpoint, config.replace(fallback="fail"))).load()
+
+
+def test_ranks_whose_hosts_have_different_checkpoints_load_neither(url: str, checkpoint: Path, tmp_path: Path) -> None:
+    """They differ in rank 1's half of one tensor, so that no digest of the two ranks' could tell."""
+    other = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["up.weight"][-1, 5] += 1
+    save_file(tensors, other / "model.safetensors")
+    with Instance("target", 2, checkpoint, configured(url)) as target:
+        target.workers[1] = target._worker(1, other)
+        for failure in target.failures():
+            assert isinstance(failure, NotFollowed), failure
+            assert "ranks 0 and 1 would load different models" in failure.message
 
 
 def test_when_time_is_up_all_ranks_load_from_disk(url: str, checkpoint: Path) -> None:

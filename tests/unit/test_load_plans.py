@@ -122,3 +122,16 @@ def test_what_is_half_received_and_then_left_counts_for_nothing() -> None:
     receipt = run.receipt(compare(Claims.of(wanted.catalog, []), nothing))
     assert (receipt.needed_nbytes, receipt.unverified_nbytes, receipt.left) == (16, 16, (DERIVED.name,))
     assert receipt.sources["s/rank 0"].nbytes == 16
+
+
+def test_what_the_engine_was_to_derive_stays_so_when_a_seed_that_has_it_comes_later() -> None:
+    """A part of it that came before counts for nothing any more, and would not be read again."""
+    wanted = layout(PLAIN, DERIVED)
+    run = run_of(wanted, derives=True, config=Config(verify="off"))
+    rest = Wants(wanted, np.array([0, 1]), np.array([[0], [2]]), np.array([[4], [4]]))
+    with pytest.raises(PlanError):
+        run.plan(rest)  # nobody has either of them
+    run._seen([offer("s", wanted)])
+    plan = run.plan(rest)
+    assert run.left == {DERIVED.name}
+    assert plan.wants.piece.tolist() == [0]

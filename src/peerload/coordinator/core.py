@@ -197,8 +197,10 @@ class Core:
         record = self._checked(announcement)
         with self._lock:
             events = self._directory.announce(record, ttl_s, self._clock())
-            self._store.save(record.source, ttl_s, record.body)
-            self._publish(events)
+            try:
+                self._store.save(record.source, ttl_s, record.body)
+            finally:  # it is discovered from now on, so who waits hears of it too
+                self._publish(events)
 
     def _checked(self, announcement: pb.Announcement) -> Record:
         """The record, once its blobs are here and fit it."""

@@ -26,6 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..errors import HostError, LeaseSuperseded, LeaseUnknown, ManifestError, PeerloadError
+from ..model.catalog import ModelKey
 from . import codec
 from ._generated import peerload_pb2 as pb
 from ._generated import peerload_pb2_grpc as pb_grpc
@@ -127,11 +128,13 @@ class _Servicer(pb_grpc.DirectoryServicer):
         return pb.WithdrawReply()
 
     def Discover(self, request: pb.DiscoverRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]
-        for lease in self._core.leases(codec.decode_model(request.model)):
-            yield lease.record.body
+        return (lease.record.body for lease in self._core.leases(codec.decode_model(request.model)))
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchEvent]:
-        with self._core.watch(codec.decode_model(request.model)) as watched:
+        return self._events(codec.decode_model(request.model), context)  # what it refuses is an answer, not a broken stream
+
+    def _events(self, model: ModelKey, context: grpc.ServicerContext) -> Iterator[pb.WatchEvent]:
+        with self._core.watch(model) as watched:
             for lease in watched.leases:
                 yield _announced(lease.record.body)
             yield pb.WatchEvent(change=pb.WatchEvent.SNAPSHOT)

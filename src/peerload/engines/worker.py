@@ -139,8 +139,9 @@ class Worker:
     def _load(self, model: nn.Module) -> Receipt:
         deadline = Deadline.after(self._config.deadline_s)
         with ExitStack() as stack:
-            with self._together(deadline):
-                key, catalog, checkpoint = self._source()
+            with self._together(deadline) as loading:
+                key, catalog, checkpoint = self._source(deadline)
+                loading.append(str(key))
                 traced = self._trace(model, catalog)
                 job = self._job(model, key, checkpoint, traced, deadline, stack)
             receipt = load(job)
@@ -193,17 +194,17 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline) -> Iterator[None]:
+    def _together(self, deadline: Deadline) -> Iterator[list[str]]:
         """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
-        for a load that won't begin."""
-        who = self._identity
+        for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
+        who, loading = self._identity, list[str]()
         if who.size == 1:
-            yield
+            yield loading
             return
         group = f"{who.instance}/{who.launch.number}/begin"
         with CoordinatorClient(self._config.url) as client:
             try:
-                yield
+                yield loading
             except BaseException as error:
                 try:
                     client.abort(group, 0, who.rank, who.size, _reason(error))
@@ -211,9 +212,16 @@ class Worker:
                     log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
                 raise
             try:
-                client.agree(group, 0, who.rank, who.size, b"", deadline)
+                heard = client.agree(group, 0, who.rank, who.size, "".join(loading).encode(), deadline)
             except CommitError as error:
                 raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
+        for rank, said in enumerate(heard):
+            if said != heard[0]:
+                raise CommitError(
+                    f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
+                    f"{said.decode(errors='replace')}",
+                    next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
+                )  # fmt: skip
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -222,7 +230,7 @@ class Worker:
         except ConfigError:
             return {}
 
-    def _source(self) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+    def _source(self, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config, launch = self._config, self._identity.launch
@@ -239,7 +247,7 @@ class Worker:
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
         with CoordinatorClient(config.url) as client:
             try:
-                offers = client.wait_for(key, Deadline.after(config.wait_s), bool)
+                offers = client.wait_for(key, deadline.within(config.wait_s), bool)
             except DeadlineExceeded as error:
                 raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
         return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None

@@ -325,6 +325,7 @@ class _Run:
         """Over the instances that were never wrong; when those don't suffice, with one suspect more at a time, so that
         what was wrong is read whole from one that can be told right from wrong."""
         config, member = self.job.config, self.job.member
+        wants = _without(wants, self.left)  # for good: a part of one that had come was dropped
         seeds, reserve = ([o for o in some if o.source not in self.failures] for some in (self.offers, self._reserve))
         suspicion = {o.source.instance: self.suspicion.get(o.source.instance, 0) for o in (*seeds, *reserve)}
         order = sorted(suspicion, key=lambda instance: (suspicion[instance], instance))
@@ -471,7 +472,12 @@ class _Run:
             )
         member, ranks = self.job.member, range(self.group.size)
         wrong = {rank: verdict.wrong(rank).tolist() for rank in (ranks if len(ranks) > 1 else [member.rank])}
-        finding = Finding([str(m) for m in verdict.mismatches], wrong, self.ledger.read())
+        doubted = [str(m) for m in verdict.mismatches]
+        unvouched = self._unvouched(verdict)
+        if len(unvouched):
+            wrong[member.rank] += unvouched.tolist()
+            doubted.append(f"rank {member.rank}: {len(unvouched)} boxes that no digest covers came from sources lost since")
+        finding = Finding(doubted, wrong, self.ledger.read())
         with self.phase("commit"):
             parts = self.group.tell(finding.encode())
         counts = np.bincount(verdict.measured.rank, minlength=max(wrong) + 1).tolist()
@@ -494,6 +500,15 @@ class _Run:
         if not doubts:
             return None
         return np.array(sorted({row for one in told for row in one.wrong.get(member.rank, ())}), np.int64)
+
+    def _unvouched(self, verdict: Verdict) -> IntArray:
+        """Our rows that neither a digest nor a fence vouches for: a source was lost before its closing fence was read, and what
+        it gave is no whole box of what was announced."""
+        if not self.job.config.verifies:
+            return np.zeros(0, np.int64)
+        lost = np.array([source in self.failures for source in self.ledger.sources], np.bool_)[self.ledger.rows.source]
+        state = verdict.state[verdict.measured.rank == self.job.member.rank]
+        return np.flatnonzero(lost & (state == State.UNPROVEN))
 
     def complete(self) -> None:
         """The caller's own last step, and the vote on it."""
