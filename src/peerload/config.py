@@ -54,10 +54,10 @@ class Config:
     )  # fmt: skip
     verify: str = _setting(
         "on", "on: compare digests of what arrived with what the seeds announced, and leave out a seed that announces none. A "
-        "digest proves that bytes are the seed's, not that the seed is honest. off: weights are committed unproven; seeds need not "
-        "hash theirs. What is left is the fence, which shows a change of weights that the seed knows of. Bytes that are damaged "
-        "on the way or in memory, and weights that are written over unannounced, are not noticed. JSON's true and false mean the "
-        "same",
+        "digest proves that bytes are the seed's, not that the seed is honest. off: weights are committed unproven; seeds need "
+        "not hash theirs. What is left is the fence, which shows a change of weights that the seed knows of. Bytes that are "
+        "damaged on the way or in memory, and weights that are written over unannounced, are not noticed. JSON's true and false "
+        "mean the same",
         ("on", "off"),
     )  # fmt: skip
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
