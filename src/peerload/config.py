@@ -45,7 +45,7 @@ class Config:
     )  # fmt: skip
     registration: str = _setting(
         "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
-        "to be had of an engine that allocates its weights one by one)",
+        "possible when the engine allocates each weight separately)",
         ("per-tensor", "per-allocation", "arena"),
     )  # fmt: skip
     match: str = _setting(
@@ -53,21 +53,24 @@ class Config:
         ("any", "same-parallelism"),
     )  # fmt: skip
     verify: str = _setting(
-        "on", "on: compare digests of what arrived with what the seeds announced, and refuse a seed that announces none. off: "
-        "weights are committed unproven; the seeds then need not hash theirs. JSON's true and false mean the same",
+        "on", "on: compare digests of what arrived with what the seeds announced, and leave out a seed that announces none. A "
+        "digest proves that bytes are the seed's, not that the seed is honest. off: weights are committed unproven; seeds need "
+        "not hash theirs. What is left is the fence, which shows a change of weights that the seed knows of. Bytes that are "
+        "damaged on the way or in memory, and weights that are written over unannounced, are not noticed. JSON's true and false "
+        "mean the same",
         ("on", "off"),
     )  # fmt: skip
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
     wait_s: float = _setting(
-        0.0, "seconds to wait for seeds that aren't there yet before falling back, at most 86400. Ends sooner when those that "
-        "are there hold all that they will ever give"
+        0.0, "seconds to wait for seeds that are not there yet before falling back, at most 86400. Ends sooner when those that "
+        "are there hold all that seeds will ever give"
     )  # fmt: skip
     deadline_s: float = _setting(600.0, "seconds the whole load may take, the waiting included; at most 86400, a day")
-    stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like one that died")
+    stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like a dead one")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
     retain_bytes: int = _setting(
-        256 << 20, "memory in which a seed keeps copies of small tensors as they were loaded, where its engine's post-processing "
-        "rewrites them, bytes",
+        256 << 20, "memory of each rank, bytes, in which a seed keeps copies of small tensors as they were loaded, where its "
+        "engine's post-processing rewrites them. On a GPU it is GPU memory, and is missing from the engine's KV cache",
     )  # fmt: skip
     attach: bool = _setting(
         True, "on one host, map a seed's frozen memory copy-on-write instead of copying it; seeds freeze theirs. Off: no memory "

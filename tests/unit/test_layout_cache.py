@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peerload.config import cache_folder
-from peerload.engines.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_digest, tracer_digest
+from peerload.engines.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_digest, tracer_digest, tracers
 from peerload.errors import ConfigError
 from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, Parallel, TensorSpec
@@ -179,6 +179,8 @@ def test_a_model_is_its_config_and_its_tensors() -> None:
 def test_the_tracer_is_its_sources() -> None:
     assert len(tracer_digest()) == 16
     assert tracer_digest() == tracer_digest()
+    folders = {path.parent.name for path in tracers()}
+    assert folders >= {"tracing", "probe", "engines", "vllm", "sglang", "transformers"}, "a change of these makes layouts anew"
 
 
 def test_where_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

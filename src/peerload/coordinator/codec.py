@@ -2,7 +2,7 @@
 
 What large things share is content-addressed: a catalog is one blob for all layouts of a model, a layout one blob for
 all replicas, piece digests one blob for all replicas of the same weights. Encoding is deterministic. Decoding trusts
-nothing: whatever it returns has passed every check of `manifest.py`, and no column is long enough to overflow or to
+nothing: whatever it returns has passed every check of `model/`, and no column is long enough to overflow or to
 fill the memory; otherwise it raises ManifestError naming the field.
 """
 

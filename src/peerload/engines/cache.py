@@ -120,12 +120,17 @@ def model_digest(config: bytes, catalog: Catalog) -> str:
 
 @cache
 def tracer_digest() -> str:
-    """For `LayoutKey.tracer`: of the sources of `layout/` and `engines/`."""
+    """For `LayoutKey.tracer`: of `tracers()`."""
     state = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *(here.parent / "engines").glob("*.py")]):
+    for path in tracers():
         state.update(path.name.encode() + b"\0" + path.read_bytes())
     return state.hexdigest()[:16]
+
+
+def tracers() -> list[Path]:
+    """The sources that say what an engine's parameters hold: those of `tracing/` and `engines/`."""
+    package = Path(__file__).parents[1]
+    return sorted(path for folder in ("tracing", "engines") for path in (package / folder).rglob("*.py"))
 
 
 def device_capability() -> str:

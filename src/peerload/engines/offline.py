@@ -103,7 +103,7 @@ class Engine:
 
     def start(self) -> None:
         """Import the engine. Raises ConfigError when that fails."""
-        self._module("")
+        self._module()
 
     @cached_property
     def version(self) -> str:
@@ -138,7 +138,7 @@ class Engine:
         old, seconds = _clocked(lambda: None if cache is None else cache.get(key))
         if old is not None:
             return Answer(old, seconds, cached=True)
-        self._module("")
+        self._module()
         with redirect_stdout(sys.stderr):
             new, seconds = _clocked(lambda: self._derived(parallel, rank))
         if cache is not None:
@@ -149,8 +149,8 @@ class Engine:
         from .cache import Kept
 
         if self.name == "transformers":
-            return Kept(self._module("").layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
-        traced = self._module("").trace_layout(self.files, parallel, rank, catalog=self.catalog, **self._asked)
+            return Kept(self._module().layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
+        traced = self._module().trace_layout(self.files, parallel, rank, catalog=self.catalog, **self._asked)
         reasons, covers = ({name: getattr(d, what) for name, d in traced.derived.items()} for what in ("reason", "covers"))
         return Kept(traced.layout, reasons, traced.made, traced.hidden, covers)
 
@@ -166,9 +166,9 @@ class Engine:
         these one by one. groups: as in `layout.probe`. Never cached."""
         with redirect_stdout(sys.stderr):
             if self.name == "transformers":
-                found: Probed = self._module("_probe").probe_layout(self.files, parallel, rank, self.catalog, bits=bits)
+                found: Probed = self._module("probe").probe_layout(self.files, parallel, rank, self.catalog, bits=bits)
             else:
-                found = self._module("").probe_layout(
+                found = self._module().probe_layout(
                     self.files, parallel, rank, catalog=self.catalog, processed=processed, bits=bits, groups=groups, **self._asked
                 )
         return found
@@ -190,10 +190,12 @@ class Engine:
             self.platform, json.dumps(self.arguments, sort_keys=True),
         )  # fmt: skip
 
-    def _module(self, suffix: str) -> ModuleType:
+    def _module(self, module: str = "") -> ModuleType:
+        """Of the engine's folder; by default the one with its layouts."""
+        module = module or ("open" if self.name == "transformers" else "offline")
         try:
             with redirect_stdout(sys.stderr):  # engines log there, and keep the stream that they find
-                return importlib.import_module(f"..engines.{self.name}{suffix}", __package__)
+                return importlib.import_module(f".{self.name}.{module}", __package__)
         except ImportError as error:
             raise ConfigError(
                 f"{self.name} {self.version} is installed, but can't be imported here: {error}", next_step=ENGINES[self.name][1]

@@ -22,7 +22,7 @@ from .region import Region
 
 #: Pinned memory through which pageable memory goes to the GPU.
 PINNED_NBYTES: Final = 32 << 20
-#: A fence has this much to itself: handles share memory in blocks of this size, and its neighbours are nobody's business.
+#: A fence has this much to itself: handles share memory in blocks of this size, and nothing else in the block is exported.
 FENCE_ROOM_NBYTES: Final = 2 << 20
 #: Long constants are written from a pattern of about this many bytes.
 PATTERN_NBYTES: Final = 4096

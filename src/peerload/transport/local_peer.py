@@ -92,7 +92,7 @@ class Attached:
     def ways(self, batch: Batch, region: IntArray) -> tuple[IntArray, IntArray]:
         """How to read each row, which lies in `region` [n]: MAPPED with src an address of ours, CMA with src an address of
         the peer, or otherwise from that descriptor with src an offset in it. Rows that use little of what they span aren't
-        read through the mapping: 100,000 scattered pages take 7.9 GB/s with CMA, 5.9 with pread, and 2.6 so."""
+        read through the mapping: 100,000 scattered pages take 7.9 GB/s with CMA, 5.9 with pread, and 2.6 through it."""
         file = self._file[region]
         thin = np.full_like(file, CMA) if self._cma else file
         low, high = byte_extents(batch.src, batch.count, batch.src_step, batch.run)

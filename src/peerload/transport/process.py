@@ -17,7 +17,8 @@ def pid_namespace() -> int:
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks after boot at which the process began: with its id, names it for ever. ProcessLookupError if it's gone."""
+    """Clock ticks after boot at which the process began. (pid, start time) identifies a process until reboot. Raises
+    ProcessLookupError if it's gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:

@@ -76,7 +76,7 @@ def _withdraw(manager: SchedulerWeightUpdaterManager, *_: object) -> None:
 
 def _close(owner: Scheduler | SchedulerWeightUpdaterManager, why: str) -> None:
     """End the seed of this process, if there is one. Nothing is imported for those who didn't ask for it."""
-    ours = sys.modules.get(f"{__package__}.sglang_loader")
+    ours = sys.modules.get(f"{__package__}.loader")
     loader = getattr(getattr(getattr(owner, "tp_worker", None), "model_runner", None), "loader", None)
     if ours is not None and isinstance(loader, ours.Loader):
         loader.close(why)

@@ -132,7 +132,7 @@ def _moving(whole: VllmConfig) -> str:
 
 def _end_when_changed(model: nn.Module, worker: Worker) -> None:
     """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first.
-    Who writes into parameters in another way calls `vllm_plugin.withdraw`."""
+    Who writes into parameters in another way calls `plugin.withdraw`."""
     load_weights = model.load_weights
 
     def withdraw() -> None:

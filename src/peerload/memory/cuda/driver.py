@@ -1,7 +1,7 @@
 """The CUDA driver, every call checked: a GPU as peerload uses it.
 
-Always the device's primary context, which is the one PyTorch and the engines live in; never one of our own. Whatever context
-a thread has, it has again afterwards. Addresses are plain integers.
+Always the device's primary context, which is the one PyTorch and the engines live in; never one of our own. The calling
+thread's current context is restored. Addresses are plain integers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Probed layouts: feed an engine's real load values that encode their own coordinates and read back where each went.
 
-The oracle of `trace.py`, which it shares no reasoning with, and the only eye for what post-processing makes of weights.
+The oracle of `tracing/trace.py`, which it shares no reasoning with, and the only eye for what post-processing makes of weights.
 It needs the model's memory and several loads (about 50 ns an element and pass): for modules and shrunken configs.
 
     load = probe(build, lambda model, weights: model.load_weights(weights), catalog)
-    assert not agree(traced.layout, load)                                # layout/agree.py
+    assert not agree(traced.layout, load)                                # agree.py
     processed = probe(build, load_weights, catalog, finish=post_processing)
     changes(load, processed)["model.layers.0.mlp.down_proj.weight"]      # ("permuted", "...")
 
