@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import resource
 import signal
@@ -34,6 +35,7 @@ from peerload.coordinator.server import serve
 from peerload.coordinator.store import Store
 from peerload.deadline import Deadline
 from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded, HostError
+from peerload.job.exchange import FAREWELL_S, LATE_S, Group
 from peerload.model.offer import SourceId
 
 OPEN = {Round("target", 0): (1,)}
@@ -210,6 +212,14 @@ def test_an_abort_gives_up_long_before_a_far_deadline() -> None:
         with pytest.raises(CoordinatorError, match="can't be reached"):
             client.abort("target", 0, 0, 2, "why", Deadline.after(600))
         assert time.monotonic() - began_s < 5
+
+
+@pytest.mark.parametrize(("deadline_s", "most_s"), [(600.0, FAREWELL_S), (0.0, LATE_S)], ids=["early", "late"])
+def test_a_farewell_that_nobody_hears_ends(deadline_s: float, most_s: float) -> None:
+    now_s = itertools.count(0.0, 0.05)  # a clock that goes on whenever it is read
+    with CoordinatorClient("127.0.0.1:1") as client:
+        Group("target", 0, 2, client, Deadline(deadline_s, lambda: next(now_s))).abort(CommitError("why"))
+    assert next(now_s) < most_s + 0.5
 
 
 # A full disk.

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 #: A payload goes in parts of this size at most, bytes; all ranks' parts together are one message.
 PART_NBYTES = (1 << 20) - 1
 MESSAGE_NBYTES = 32 << 20
-#: A rank that gives up tells the others for so long, seconds, and until so long after its deadline.
-FAREWELL_S = 1.0
+#: A rank that gives up tells the others for so long, and no longer than until so long after its deadline, seconds.
+FAREWELL_S, LATE_S = 2.0, 1.0
 #: Doubts that one rank names to the others; they are for people.
 DOUBTS = 20
 
@@ -64,7 +64,7 @@ class Group:
         if self._coordinator is None or self._aborted:
             return
         reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
-        late = Deadline(self._deadline.at_s + FAREWELL_S, self._deadline.clock).within(FAREWELL_S)
+        late = Deadline(self._deadline.at_s + LATE_S, self._deadline.clock).within(FAREWELL_S)
         try:
             for number in (self._round, self._round + 1):  # the others may have agreed on this round without our hearing of it
                 if late.remaining_s == 0:
