@@ -95,7 +95,7 @@ class Instance:
     def _worker(self, rank: int, checkpoint: Path | None = None) -> Worker:
         who = Identity("toy 1.0", self.launch, Parallel(tp=self.tp), rank, self.tp)
         return Worker(
-            who, self.config, checkpoint or self.checkpoint,
+            who, self.config, lambda: checkpoint or self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
             finish=self.finish, known_as=self.known_as,
         )  # fmt: skip

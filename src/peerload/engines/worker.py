@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
@@ -101,24 +102,29 @@ class Identity:
 class Worker:
     """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
 
-    directory: the checkpoint. known_as: what the engine calls the model, a name or a path. load_weights: the model's own loader,
-    as the engine calls it. finish: what the engine computes out of loaded parameters while it loads (absorbed MLA weights), to
-    be run again when the bytes are there; None if it has no such step."""
+    directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
+    engine calls the model, a name or a path. load_weights: the model's own loader, as the engine calls it. finish: what the
+    engine computes out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there;
+    None if it has no such step."""
 
     def __init__(
         self,
         identity: Identity,
         config: Config,
-        directory: Path,
+        directory: Callable[[], Path],
         *,
         load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
         known_as: str = "",
     ) -> None:
-        self._identity, self._config, self._directory, self._known_as = identity, config, directory, known_as
+        self._identity, self._config, self._find, self._known_as = identity, config, directory, known_as
         self._load_weights, self._finish = load_weights, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
+
+    @cached_property
+    def _directory(self) -> Path:
+        return self._find()
 
     def load(self, model: nn.Module) -> Receipt:
         """Fill the parameters of `model`, of which nothing has been loaded yet. All ranks return, or all raise, and then the

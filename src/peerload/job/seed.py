@@ -51,7 +51,8 @@ class Seed:
 
     proven: digests of pieces, by row of the layout, that were measured when these bytes arrived (`Receipt.digests`). They are
     announced as they are: should memory have changed since, targets find out. Only the other pieces are hashed here.
-    on_ended: called once, in a thread of the seed, when another process has taken this rank's place: nothing is offered then.
+    on_ended: called once, in a thread of the seed or that of `changing`, when another process has taken this rank's place:
+    nothing is offered then.
     """
 
     def __init__(

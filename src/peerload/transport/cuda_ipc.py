@@ -273,7 +273,9 @@ class _Peer:
             stack.callback(self.live.close)
             number = _owner(told, source, device)
             if self.live.pid != os.getpid():
-                base = [self._opened(device, handle, number, stack) for handle in told.handle]
+                base = [
+                    self._opened(device, handle, size, number, stack) for handle, size in zip(told.handle, told.size, strict=True)
+                ]
                 row = np.array(told.block, np.int64)
                 self.shift = (np.array(base, np.int64) - np.array(told.base, np.int64))[row]
             elif number != device.number:
@@ -282,7 +284,7 @@ class _Peer:
                 device.enable_peer(other)
             self._stack = stack.pop_all()
 
-    def _opened(self, device: Device, handle: str, number: int, stack: ExitStack) -> int:
+    def _opened(self, device: Device, handle: str, nbytes: int, number: int, stack: ExitStack) -> int:
         try:
             address = device.open(bytes.fromhex(handle))
         except DriverError as error:
@@ -291,6 +293,9 @@ class _Peer:
                 next_step="run `peerload doctor` on this host; containers have to share the IPC and process namespaces",
             ) from error  # fmt: skip
         stack.callback(device.shut, address)
+        mapped = device.block(address)
+        if not mapped.contains(address, nbytes):  # a read beyond it would end this process's context
+            raise SourceUnreachable(self.source, f"told of {nbytes} bytes where its memory on cuda:{number} has {mapped.nbytes}")
         return address
 
     def close(self) -> None:

@@ -183,7 +183,8 @@ class _Agent:
                 gone = weakref.ref(self._nixl.agent)
                 self._reads.clear()
                 self._nixl = None
-                assert gone() is None, "somebody holds NIXL's agent, which may go on writing"
+                if gone() is not None:
+                    raise HostError("NIXL's agent can't be ended, and may go on writing", next_step="end this process")
 
 
 class _Peer:

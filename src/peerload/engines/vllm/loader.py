@@ -94,7 +94,7 @@ class PeerloadLoader(BaseModelLoader):
         self._worker = Worker(
             self._identity,
             self._config,
-            self._directory(model_config),
+            lambda: self._directory(model_config),
             load_weights=load_weights,
             known_as=model_config.model,
         )
