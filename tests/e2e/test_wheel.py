@@ -72,11 +72,8 @@ def test_it_is_for_every_python_from_3_11_on(installed: Installed) -> None:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
     assert "peerload/native/_lib.abi3.so" in names
-    assert {
-        "peerload/memory/cuda/kernels.cu",
-        "peerload/bench/transport.py",
-        "peerload/coordinator/_generated/peerload_pb2.py",
-    } <= set(names)
+    wanted = {"memory/cuda/kernels.cu", "bench/transport.py", "coordinator/_generated/peerload_pb2.py"}
+    assert {f"peerload/{name}" for name in wanted} <= set(names)
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
     assert {n.partition("/")[0] for n in names} == {"peerload", f"{installed.wheel.name.split('-cp')[0]}.dist-info"}
     assert "License-Expression: Apache-2.0" in metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import time
@@ -305,6 +306,17 @@ def test_a_rank_that_fails_before_the_load_tells_the_others_at_once(
                 assert words in str(first)
                 assert type(second) is error
             assert time.monotonic() - begun_s < 60
+
+
+def test_a_rank_that_cannot_download_its_checkpoint_tells_the_others_at_once(url: str, checkpoint: Path) -> None:
+    def full() -> Path:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with Instance("target", 2, checkpoint, configured(url, model_name="toy-download", deadline_s=600.0)) as target:
+        target.workers[1]._find = full
+        begun_s = time.monotonic()
+        assert all("no space left" in reason for reason in target.falls_back())
+        assert time.monotonic() - begun_s < 60
 
 
 def test_a_rank_that_cannot_open_its_memory_tells_the_others_at_once(url: str, checkpoint: Path) -> None:
