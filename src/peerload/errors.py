@@ -8,6 +8,7 @@
     |-- SourceError               exit 4   one source failed; the rest of the plan can go elsewhere
     |   |-- SourceUnreachable              it could not be connected to
     |   |-- SourceLost                     it went away while being read
+    |   |   `-- SourceStalled              it stood still for too long, and may go on
     |   `-- SourceStale                    it holds other weights than it announced
     |-- SourcesExhausted          exit 4   no source left, and no fallback
     |-- CommitError               exit 4   another rank of this instance failed, so none serves
@@ -125,6 +126,10 @@ class SourceUnreachable(SourceError):
 
 
 class SourceLost(SourceError):
+    pass
+
+
+class SourceStalled(SourceLost):
     pass
 
 

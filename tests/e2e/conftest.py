@@ -65,10 +65,11 @@ def target(url: str, tp: int = 1, **changes: object) -> Life:
 
 
 class Slow:
-    """Small batches, and something that happens before the n-th read of a source."""
+    """Small batches, and something that happens before the n-th read of a source, or before each of several."""
 
-    def __init__(self, source: str, at: int, then: Callable[[], object]) -> None:
-        self._source, self._at, self._then = source, at, then
+    def __init__(self, source: str, at: int | range, then: Callable[[], object]) -> None:
+        self._source, self._then = source, then
+        self._at = range(at, at + 1) if isinstance(at, int) else at
         self._lock, self._reads = threading.Lock(), 0
         self.happened = threading.Event()
 
@@ -82,7 +83,7 @@ class Slow:
     def _before(self, _s: float) -> None:
         with self._lock:
             self._reads += 1
-            now = self._reads == self._at
+            now = self._reads in self._at
         if now:
             self._then()
             self.happened.set()

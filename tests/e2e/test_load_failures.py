@@ -14,7 +14,7 @@ import pytest
 from conftest import MODEL, Slow, faulty, good, needs_nixl, only, seed, target
 
 from peerload.config import Config
-from peerload.errors import CommitError, PlanError, SourcesExhausted, VerifyError
+from peerload.errors import CommitError, PlanError, SourcesExhausted, SourceStalled, VerifyError
 from peerload.model.catalog import Parallel
 from peerload.testing.instances import CONFIG, SeedProcess, load_ranks, on_disk
 from peerload.transport.faulty import Faults
@@ -28,6 +28,10 @@ def of_memory(memory: str) -> dict[str, object]:
     if memory == "nixl":
         return {"config": CONFIG.replace(transport="nixl", interface="lo")}
     return {"memory": memory, "config": CONFIG}
+
+
+def stand_still() -> None:
+    raise SourceStalled("a/rank 0", "it stands still on purpose")
 
 
 class TestLostSource:
@@ -156,6 +160,17 @@ class TestLostSource:
         assert stop.happened.is_set()
         good(results)
         assert seconds < config.deadline_s / 2
+
+    def test_a_seed_that_stood_still_is_tried_once_more_when_nobody_else_is_left(self, url: str) -> None:
+        """As when its network is away for a while."""
+        with SeedProcess(seed(url, "a")):
+            good(load_ranks(target(url), wrap=Slow("a/", 30, stand_still)))
+
+    def test_a_seed_that_stands_still_again_is_lost(self, url: str) -> None:
+        with SeedProcess(seed(url, "a")):
+            results = load_ranks(target(url), wrap=Slow("a/", range(30, 1 << 60), stand_still))
+        assert isinstance(results[0].error, SourcesExhausted)
+        assert "it stands still on purpose" in results[0].error.message
 
     def test_a_seed_that_ends_politely_while_it_is_read(self, url: str) -> None:
         with SeedProcess(seed(url, "a")) as a, SeedProcess(seed(url, "b")):

@@ -28,6 +28,7 @@ from ..errors import (
     SourceError,
     SourcesExhausted,
     SourceStale,
+    SourceStalled,
     VerifyError,
 )
 from ..integrity.claims import Claims, Measured
@@ -149,6 +150,7 @@ class _Run:
         self.known: dict[SourceId, Offer] = {}  # all that were ever seen: what they announced still proves what they gave
         self.refusals: dict[SourceId, Refusal] = {}
         self.failures: dict[SourceId, SourceError] = {}
+        self.forgiven: set[SourceId] = set()  # they stood still once
         self.suspicion: dict[str, int] = {}
         self.everybody: dict[str, Read] = {}
         self.wire_nbytes = self.attached_nbytes = self.operations = self.staging_nbytes = self.reread_nbytes = 0
@@ -251,11 +253,23 @@ class _Run:
 
     def _anew(self, wants: Wants) -> bool:
         """Look again who is there, now that nobody is left for `wants`. Is there somebody new who has it? A source that changes
-        its weights gets a little time to announce them."""
-        coordinator, model = self.job.coordinator, self.job.model
-        if coordinator is None or self.looks >= RESTARTS:
+        its weights gets a little time to announce them, and one that stood still is tried once more."""
+        if self.job.coordinator is None or self.looks >= RESTARTS:
             return False
         self.looks += 1
+        failures = self.failures
+        again = {s for s, error in failures.items() if isinstance(error, SourceStalled)} - self.forgiven
+        self.failures = {s: error for s, error in failures.items() if s not in again}
+        found = self._found(self.job.coordinator, wants)
+        if found:
+            self.forgiven |= again
+        else:
+            self.failures = failures
+        return found
+
+    def _found(self, coordinator: CoordinatorClient, wants: Wants) -> bool:
+        """Is there anybody who has not failed and has `wants`?"""
+        model = self.job.model
         stale = self.changing or any(isinstance(error, SourceStale) for error in self.failures.values())
         left_s = self.job.config.wait_s - (time.perf_counter() - self.begun_s)
         patience_s = max(left_s, CHANGE_S if stale else 0.0)

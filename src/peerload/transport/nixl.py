@@ -40,7 +40,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 
 from ..deadline import Deadline
-from ..errors import ConfigError, DeadlineExceeded, HostError, PlanError, SourceLost, SourceUnreachable
+from ..errors import ConfigError, DeadlineExceeded, HostError, PlanError, SourceLost, SourceStalled, SourceUnreachable
 from ..memory.region import Region
 from ..model.boxes import IntArray
 from ..planning.batch import Batch
@@ -251,7 +251,7 @@ class _Peer:
 
     def _move(self, src: IntArray, dst: IntArray, run: IntArray, deadline: Deadline, stall_s: float) -> None:
         """All of it, or the agent is gone. Raises SourceLost, DeadlineExceeded."""
-        problem = ""
+        problem, loss = "", SourceLost
         try:
             with self._agent.lock:
                 self._check()
@@ -266,7 +266,7 @@ class _Peer:
                 if state != "PROC":
                     problem = f"NIXL ended the transfer in state {state}"
                 elif time.monotonic() - begun_s > stall_s:
-                    problem = f"it has made no progress for {stall_s:g} s"
+                    problem, loss = f"it has made no progress for {stall_s:g} s", SourceStalled
                 deadline.check(f"reading {int(run.sum())} bytes from {self.source}")
                 time.sleep(0)
         except self._errors as error:
@@ -276,7 +276,7 @@ class _Peer:
             self.end("a read from it was given up")
             raise
         self.end(problem)
-        raise SourceLost(self.source, problem, next_step="plan the rest from other sources")
+        raise loss(self.source, problem, next_step="plan the rest from other sources")
 
     def _check(self) -> None:
         if self._lost:
