@@ -206,6 +206,7 @@ def check_pair(offering: Transport, reading: Transport, there: DeviceArena, here
 def test_a_gpu_that_isnt_visible_here_is_named() -> None:
     code = """
 import base64, sys
+from peerload.deadline import Deadline
 from peerload.errors import SourceUnreachable
 from peerload.transport.cuda_ipc import CudaIpcTransport
 try:
