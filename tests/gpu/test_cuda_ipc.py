@@ -139,6 +139,7 @@ print(torch.equal(tensor.cpu(), torch.from_numpy(np.random.default_rng(0).intege
 
 def test_memory_that_cant_be_shared_can_still_be_filled() -> None:
     import base64
+import json
 
     nbytes = 50 << 20
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -229,6 +230,16 @@ def test_another_host_is_named() -> None:
         elsewhere = source.description.replace(b'"host":"', b'"host":"x')
         with pytest.raises(SourceUnreachable, match="another host"):
             reader.connect(elsewhere, "source", Deadline.after(20))
+
+
+def test_a_source_that_tells_of_more_memory_than_it_has_is_refused() -> None:
+    """A kernel that reads beyond what is mapped would end the reader's CUDA context."""
+    with SourceProcess("cuda_ipc", [4 << 20], memory=GPU) as source, closing(CudaIpcTransport(GPU)) as reader:
+        told = json.loads(source.description)
+        told["size"] = [1 << 40]
+        told["nbytes"] = [(1 << 40) - (told["address"][0] - told["base"][0])]
+        with pytest.raises(SourceUnreachable, match="told of 1099511627776 bytes"):
+            reader.connect(json.dumps(told).encode(), "source", Deadline.after(20))
 
 
 def test_memory_of_a_dead_source_stays_mapped_until_its_reader_closes() -> None:
