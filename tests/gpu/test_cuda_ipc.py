@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -138,9 +140,6 @@ print(torch.equal(tensor.cpu(), torch.from_numpy(np.random.default_rng(0).intege
 
 
 def test_memory_that_cant_be_shared_can_still_be_filled() -> None:
-    import base64
-import json
-
     nbytes = 50 << 20
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     with SourceProcess("cuda_ipc", [nbytes], memory=GPU) as source:
@@ -215,8 +214,6 @@ try:
 except SourceUnreachable as error:
     print(error)
 """
-    import base64
-
     with SourceProcess("cuda_ipc", [4096], memory=GPU) as source:
         command = [sys.executable, "-c", code, base64.b64encode(source.description).decode()]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"}
