@@ -79,6 +79,16 @@ def test_sources_out_of_reach_are_left_out_with_one_line(caplog: pytest.LogCaptu
     assert "pigeons/rank 0: it offers pigeons, here is local, files" in {str(r) for r in error.value.refusals}
 
 
+def test_a_peer_under_the_name_of_the_own_checkpoint_is_left_out() -> None:
+    """When it fails, the checkpoint is still there."""
+    disk = offer("disk", layout(PLAIN), "files")
+    twin = replace(disk, binding=replace(disk.binding, endpoints=(Endpoint("local", b""),)))
+    run = run_of(layout(PLAIN), reserve=[disk])
+    run._seen([twin])
+    assert run.offers == []
+    assert list(run.plan(Wants.of(run.job.layout)).offers) == [disk]
+
+
 def test_ranks_that_have_not_changed_yet_are_left_out() -> None:
     run = run_of(layout(PLAIN))
     run._seen([offer("a", layout(PLAIN), changes=2), offer("a", layout(PLAIN), changes=1, rank=1), offer("b", layout(PLAIN))])

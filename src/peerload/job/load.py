@@ -218,6 +218,8 @@ class _Run:
 
     def _unusable(self, offer: Offer) -> str:
         """Why an offer can't be read from here, or an empty string."""
+        if any(offer.source == own.source for own in self.job.reserve):  # its failure would be taken for the checkpoint's
+            return "announces itself under the name of this host's own checkpoint"
         if self.job.config.verifies and offer.binding.digests is None:
             return "announces no digests, so nothing would prove its bytes (start it with verify on, or set verify to off here)"
         ours, theirs = self.job.transports, [e.transport for e in offer.binding.endpoints]
