@@ -156,6 +156,10 @@ def test_a_seed_that_cannot_open_all_its_memory_leaks_none_of_it() -> None:
         seed = stack.enter_context(closing(LocalTransport(threads=1)))
         seed.register([stack.enter_context(Arena(4096)).region() for _ in range(40)])
         told = json.loads(seed.describe())
+        with closing(knock(told["socket"])) as stranger:  # once it is sent away, the seed's thread has all that it opens
+            stranger.send(b"stranger")
+            stranger.settimeout(20)
+            assert stranger.recv(1) == b""
         before, limit = open_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)
         with closing(knock(told["socket"])) as peer:
             time.sleep(0.2)  # accepted
@@ -166,6 +170,9 @@ def test_a_seed_that_cannot_open_all_its_memory_leaks_none_of_it() -> None:
                 assert peer.recv(1) == b"", "it was served"
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        deadline = soon()
+        while open_descriptors() != before and deadline.remaining_s:
+            time.sleep(0.01)
         assert open_descriptors() == before
 
 
