@@ -1,18 +1,7 @@
-"""Who holds what until when, and what the ranks of one instance agreed on. No I/O, no clock: time is an argument.
+"""What the ranks of one target instance agreed on, all or nothing, in numbered rounds. No I/O, no clock: time is an argument.
 
-`Directory`: model -> instances -> ranks, each under a lease. One (instance, rank) is a seat; the newest generation to
-announce itself holds it, every earlier one is fenced off:
-
-    state of (seat, generation)   announce              renew             withdraw    time passes
-    unknown                       -> live               LeaseUnknown      nothing     -
-    live                          -> live               -> live           -> ended    -> ended after ttl_s
-    ended (expired, withdrawn)    -> live               LeaseUnknown      nothing     -> unknown after fence_s
-    superseded (a newer came)     LeaseSuperseded       LeaseSuperseded   nothing     -> unknown after fence_s
-
-`Ballot`: all-or-nothing agreement of the ranks of one target instance, in numbered rounds.
-
-`now_s` is a reading of any clock that doesn't stop, seconds; the outcome depends on the readings alone, not on how
-often `expire` is called. Pure: standard library and NumPy only.
+`now_s` is a reading of any clock that doesn't stop, seconds; the outcome depends on the readings alone. Pure: standard library
+only.
 """
 
 from __future__ import annotations
@@ -72,7 +61,7 @@ Outcome = Pending | Agreed | Aborted
 class BallotLimits:
     """What a `Ballot` keeps at most: rounds, open rounds of one group, and bytes of payload, of one group and of all.
 
-    The ranks of an instance send 32 MiB a round (`load.MESSAGE_NBYTES`), and two rounds are kept for a moment."""
+    The ranks of an instance send 32 MiB a round (`exchange.MESSAGE_NBYTES`), and two rounds are kept for a moment."""
 
     rounds: int = 100_000
     open_rounds: int = 16

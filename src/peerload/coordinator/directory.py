@@ -1,4 +1,4 @@
-"""Who holds what until when, and what the ranks of one instance agreed on. No I/O, no clock: time is an argument.
+"""Who holds what until when. No I/O, no clock: time is an argument.
 
 `Directory`: model -> instances -> ranks, each under a lease. One (instance, rank) is a seat; the newest generation to
 announce itself holds it, every earlier one is fenced off:
@@ -8,8 +8,6 @@ announce itself holds it, every earlier one is fenced off:
     live                          -> live               -> live           -> ended    -> ended after ttl_s
     ended (expired, withdrawn)    -> live               LeaseUnknown      nothing     -> unknown after fence_s
     superseded (a newer came)     LeaseSuperseded       LeaseSuperseded   nothing     -> unknown after fence_s
-
-`Ballot`: all-or-nothing agreement of the ranks of one target instance, in numbered rounds.
 
 `now_s` is a reading of any clock that doesn't stop, seconds; the outcome depends on the readings alone, not on how
 often `expire` is called. Pure: standard library and NumPy only.

@@ -1,4 +1,4 @@
-"""The transports there are, by name, and which of them this host can use."""
+"""Which transports this host can use: each is tried, in this and in other processes."""
 
 from __future__ import annotations
 

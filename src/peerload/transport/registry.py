@@ -1,4 +1,4 @@
-"""The transports there are, by name, and which of them this host can use."""
+"""The transports there are, by name, and those that a configuration asks for."""
 
 from __future__ import annotations
 
