@@ -22,9 +22,12 @@ from peerload.testing.families import FAMILIES
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "engines.md"
 MARK = "<!-- Generated from here on by tools/generate_engines_docs.py -->\n"
 ENGINES = {
-    "vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers", "sglang to vllm": "A SGLang seed feeds vLLM",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "transformers": "transformers",
+    "sglang to vllm": "A SGLang seed feeds vLLM",
     "vllm to sglang": "A vLLM seed feeds SGLang",
-}  # fmt: skip
+}
 
 
 @dataclass

@@ -74,18 +74,23 @@ class _Formatter(logging.Formatter):
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; only the chosen command's module is imported."""
     parser = _Parser(
-        prog="peerload", epilog=TOP + EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="peerload",
+        epilog=TOP + EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Load a model's weights out of the memory of running replicas, peer to peer, under any pair of layouts.",
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"peerload {version('peerload')}")
     _add_common(parser, default=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = _module(name) if name == chosen else None
         command = commands.add_parser(
-            name, help=text, description=(module.__doc__ if module else text), epilog=EPILOG,
+            name,
+            help=text,
+            description=(module.__doc__ if module else text),
+            epilog=EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         if module is not None:
             module.configure(command)
         _add_common(command, default=argparse.SUPPRESS)  # what stands before the command counts too

@@ -35,47 +35,56 @@ class Config:
     revision: str = _setting("", "revision of the model; seeds of another revision are never read")
     source: bool = _setting(True, "may this process become a seed once it holds the weights")
     transport: str = _setting(
-        "auto", "how bytes move; auto: cuda_ipc for weights on a GPU, local for others, both within one host. nixl reaches CPU "
-        "memory of other hosts and needs `interface`", ("auto", "local", "nixl", "cuda_ipc"),
-    )  # fmt: skip
+        "auto",
+        "how bytes move; auto: cuda_ipc for weights on a GPU, local for others, both within one host. nixl reaches CPU "
+        "memory of other hosts and needs `interface`",
+        ("auto", "local", "nixl", "cuda_ipc"),
+    )
     interface: str = _setting(
-        "", "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
+        "",
+        "network interface that transport nixl uses, such as eth0 (passed to UCX as UCX_NET_DEVICES). Every process that can "
         "reach it there can read and overwrite the weights in this process's memory, and whoever announces a seed can end the "
         "processes that read it: name one that only trusted machines reach",
-    )  # fmt: skip
+    )
     registration: str = _setting(
-        "per-allocation", "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
+        "per-allocation",
+        "granularity of registered memory: one region for each tensor, for each allocation, or for all (not "
         "possible when the engine allocates each weight separately)",
         ("per-tensor", "per-allocation", "arena"),
-    )  # fmt: skip
+    )
     match: str = _setting(
-        "any", "which seeds may feed this process: any layout, or only those of the same TP, PP and EP sizes",
+        "any",
+        "which seeds may feed this process: any layout, or only those of the same TP, PP and EP sizes",
         ("any", "same-parallelism"),
-    )  # fmt: skip
+    )
     verify: str = _setting(
-        "on", "on: compare digests of what arrived with what the seeds announced, and leave out a seed that announces none. A "
+        "on",
+        "on: compare digests of what arrived with what the seeds announced, and leave out a seed that announces none. A "
         "digest proves that bytes are the seed's, not that the seed is honest. off: weights are committed unproven; seeds need "
         "not hash theirs. What is left is the fence, which shows a change of weights that the seed knows of. Bytes that are "
         "damaged on the way or in memory, and weights that are written over unannounced, are not noticed. JSON's true and false "
         "mean the same",
         ("on", "off"),
-    )  # fmt: skip
+    )
     fallback: str = _setting("disk", "when no seed can supply a tensor: read the checkpoint from disk, or fail", ("disk", "fail"))
     wait_s: float = _setting(
-        0.0, "seconds to wait for seeds that are not there yet before falling back, at most 86400. Ends sooner when those that "
-        "are there hold all that seeds will ever give"
-    )  # fmt: skip
+        0.0,
+        "seconds to wait for seeds that are not there yet before falling back, at most 86400. Ends sooner when those that "
+        "are there hold all that seeds will ever give",
+    )
     deadline_s: float = _setting(600.0, "seconds the whole load may take, the waiting included; at most 86400, a day")
     stall_s: float = _setting(5.0, "seconds without progress after which a source is given up like a dead one")
     staging_bytes: int = _setting(256 << 20, "upper bound of temporary memory, bytes")
     retain_bytes: int = _setting(
-        256 << 20, "memory of each rank, bytes, in which a seed keeps copies of small tensors as they were loaded, where its "
+        256 << 20,
+        "memory of each rank, bytes, in which a seed keeps copies of small tensors as they were loaded, where its "
         "engine's post-processing rewrites them. On a GPU it is GPU memory, and is missing from the engine's KV cache",
-    )  # fmt: skip
+    )
     attach: bool = _setting(
-        True, "on one host, map a seed's frozen memory copy-on-write instead of copying it; seeds freeze theirs. Off: no memory "
+        True,
+        "on one host, map a seed's frozen memory copy-on-write instead of copying it; seeds freeze theirs. Off: no memory "
         "is shared between instances",
-    )  # fmt: skip
+    )
     threads: int = _setting(0, "threads that move and hash bytes; 0: one for each core this process may use")
 
     def __post_init__(self) -> None:

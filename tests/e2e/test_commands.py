@@ -316,9 +316,11 @@ def test_ls_shows_a_peer_s_words_as_text(world: World) -> None:
         name, _, revision = world.seed["model"].partition("@")
         offer, model = client.discover(ModelKey(name, revision))[0], ModelKey("evil [bold]x[/bold] [/nope]")
         binding = replace(
-            offer.binding, source=SourceId("evil", 0, "0" * 32), attributes={"a\x1b[8m": "\x1b]0;owned\x07"},
+            offer.binding,
+            source=SourceId("evil", 0, "0" * 32),
+            attributes={"a\x1b[8m": "\x1b]0;owned\x07"},
             endpoints=(Endpoint("\x1b[2J\r\nnet", b""),),
-        )  # fmt: skip
+        )
         lease = client.announce(replace(offer, binding=binding), model)
         outcomes = [peerload("ls", "--url", world.url), peerload("ls", "--url", world.url, "--json")]
         client.withdraw(lease)
@@ -401,12 +403,14 @@ def test_the_same_files_from_a_peer(world: World, checkpoint: Path, tmp_path: Pa
     with CoordinatorClient(world.url) as client:
         name, _, revision = world.seed["model"].partition("@")
         offer = client.discover(ModelKey(name, revision))[0]
-        for i, (content, problem) in enumerate((
-            ({**right, "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-            ({**right, "hidden_size": float("nan")}, "Field 'hidden_size' expected int"),
-            ({**right, "architectures": 5}, "architectures"),
-            ([1], "config.json is not a JSON object"),
-        )):  # fmt: skip
+        for i, (content, problem) in enumerate(
+            (
+                ({**right, "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+                ({**right, "hidden_size": float("nan")}, "Field 'hidden_size' expected int"),
+                ({**right, "architectures": 5}, "architectures"),
+                ([1], "config.json is not a JSON object"),
+            )
+        ):
             model = ModelKey(f"spoilt-{i}")
             evil = replace(offer, binding=replace(offer.binding, source=SourceId("evil", 0, f"{i:032x}")))
             client.announce(evil, model, files={"config.json": json.dumps(content).encode()})

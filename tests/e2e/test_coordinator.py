@@ -54,9 +54,13 @@ def layout(rank: int = 0, tp: int = 2) -> Layout:
 
 def offer(instance: str = "seed", rank: int = 0, generation: str = "g1", tp: int = 2, endpoint: bytes = b"pid 1") -> Offer:
     binding = Binding(
-        SourceId(instance, rank, generation), np.array([4096]), (Endpoint("local", endpoint),), np.array([7, 9], np.uint64),
-        host="boot", attributes={"engine": "transformers"},
-    )  # fmt: skip
+        SourceId(instance, rank, generation),
+        np.array([4096]),
+        (Endpoint("local", endpoint),),
+        np.array([7, 9], np.uint64),
+        host="boot",
+        attributes={"engine": "transformers"},
+    )
     return Offer(layout(rank, tp), binding)
 
 

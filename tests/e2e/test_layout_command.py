@@ -156,9 +156,15 @@ def test_people_see_regions_and_a_summary(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().out
     row = next(line for line in told.splitlines() if "down_proj" in line)
     assert row.split() == [
-        "model.layers.0.mlp.down_proj.weight", "0", "13,248", "model.layers.0.mlp.down_proj.weight", "[0:96,", "70:139]", "138,",
+        "model.layers.0.mlp.down_proj.weight",
+        "0",
+        "13,248",
+        "model.layers.0.mlp.down_proj.weight",
+        "[0:96,",
+        "70:139]",
+        "138,",
         "2",
-    ]  # fmt: skip
+    ]
     assert "tied: lm_head.weight is model.embed_tokens.weight" in told
     assert "pieces, 0 constants, 0 opaque; derived in" in told
     assert "trace == probe on 20 of 20 parameters" in told
@@ -195,11 +201,14 @@ def test_an_engine_that_is_not_here_is_named(ask: Ask, tmp_path: Path, engine: s
     [
         (["config.json", "pytorch_model-1-of-2.bin"], "no safetensors file, but pytorch_model-1", "save_pretrained"),
         (["config.json", "model-q4.gguf"], "holds no safetensors file, but model-q4.gguf", "GGUF is not supported"),
-        (["params.json", "consolidated.safetensors"], "no config.json, but consolidated.safetensors, and params.json: Mistral",
-         "Hugging Face's format"),
+        (
+            ["params.json", "consolidated.safetensors"],
+            "no config.json, but consolidated.safetensors, and params.json: Mistral",
+            "Hugging Face's format",
+        ),
         (["config.json", "params.json", "consolidated.safetensors"], "neither model.safetensors nor", "Hugging Face's format"),
     ],
-)  # fmt: skip
+)
 def test_weights_in_another_format_are_refused(ask: Ask, tmp_path: Path, files: list[str], problem: str, next_step: str) -> None:
     """Their layout would be one of files that aren't there."""
     (tmp_path / "model").mkdir()

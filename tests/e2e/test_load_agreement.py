@@ -100,10 +100,19 @@ class TestAllOrNone:
 
     @pytest.mark.parametrize(
         "said",
-        [b"", b"{", b"[]", b"null", b'{"doubts": 5, "wrong": {}, "read": {}}', b"[" * 100_000, b"\xff",
-         b'{"doubts": [], "wrong": {"0": [1000000]}, "read": {}}', b'{"doubts": [], "wrong": {"7": [0]}, "read": {}}',
-         b'{"doubts": [], "wrong": {}, "read": {"a/rank 0": [1.5, NaN]}}'],
-    )  # fmt: skip
+        [
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b'{"doubts": 5, "wrong": {}, "read": {}}',
+            b"[" * 100_000,
+            b"\xff",
+            b'{"doubts": [], "wrong": {"0": [1000000]}, "read": {}}',
+            b'{"doubts": [], "wrong": {"7": [0]}, "read": {}}',
+            b'{"doubts": [], "wrong": {}, "read": {"a/rank 0": [1.5, NaN]}}',
+        ],
+    )
     def test_a_rank_whose_verdict_makes_no_sense_is_named(self, url: str, said: bytes) -> None:
         launch = f"verdict {said[:40]!r}"
         none, boxes = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
@@ -125,8 +134,13 @@ def with_derived(made: Layout, spec: TensorSpec) -> Layout:
     p, width = made.pieces, made.catalog.width
     one = Pieces.of([Piece(len(made.catalog), Box.whole(spec.shape), len(made.buffer_names), 0, (4,))], width)
     pieces = Pieces(*(np.concatenate([getattr(p, c), getattr(one, c)]) for c in Pieces.__slots__))
-    return replace(made, catalog=Catalog.of([*made.catalog, spec]), buffer_names=(*made.buffer_names, spec.name),
-                   buffer_nbytes=np.append(made.buffer_nbytes, 4 * spec.shape[0]), pieces=pieces)  # fmt: skip
+    return replace(
+        made,
+        catalog=Catalog.of([*made.catalog, spec]),
+        buffer_names=(*made.buffer_names, spec.name),
+        buffer_nbytes=np.append(made.buffer_nbytes, 4 * spec.shape[0]),
+        pieces=pieces,
+    )
 
 
 def holder(stack: ExitStack, made: Layout) -> tuple[IntArray, LocalTransport]:
@@ -253,8 +267,18 @@ class TestWaiting:
             here = BareRank.of(wanted)
             stack.callback(here.arena.close)
             transports = stack.enter_context(opened_transports(config))
-            job = Job(key, wanted, here.address, here.regions("arena"), Member("target"), transports, config, coordinator=client,
-                      reserve=[on_disk(MODEL, tmp_path)], derives=True)  # fmt: skip
+            job = Job(
+                key,
+                wanted,
+                here.address,
+                here.regions("arena"),
+                Member("target"),
+                transports,
+                config,
+                coordinator=client,
+                reserve=[on_disk(MODEL, tmp_path)],
+                derives=True,
+            )
             receipt = load(job)
         assert receipt.wall_s < 20
         assert receipt.left == ("A by test 1 tp1",)

@@ -119,9 +119,11 @@ class TestLostSource:
                 stack.enter_context(SeedProcess(seed(url, "b", memory="plain", config=config)))
             change, kill = Slow("a/", 15, lambda: a.ask("begin change")), Slow("a/", 30, a.kill)
             results = load_ranks(
-                target(url, 2, ranks=(1,), config=config), size=1, wrap=lambda r, t: kill(r, change(r, t)),
+                target(url, 2, ranks=(1,), config=config),
+                size=1,
+                wrap=lambda r, t: kill(r, change(r, t)),
                 reserve=[on_disk(MODEL, tmp_path)],
-            )  # fmt: skip
+            )
         assert change.happened.is_set()
         assert kill.happened.is_set()
         good(results)
@@ -347,9 +349,10 @@ class TestGenerations:
         full = threading.Event()
         with SeedProcess(seed(url, "a", memory="plain")) as a, ThreadPoolExecutor(1) as pool:
             early = pool.submit(
-                load_ranks, target(url, 2, ranks=(0,), **how),
+                load_ranks,
+                target(url, 2, ranks=(0,), **how),
                 on_bytes=lambda _, done, wanted: full.set() if done == wanted else None,
-            )  # fmt: skip
+            )
             assert full.wait(20)
             time.sleep(0.5)  # its closing fence
             a.ask("change")

@@ -68,9 +68,16 @@ def local(rank: BareRank) -> Iterator[LocalTransport]:
 
 def make(client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0, **more: Any) -> Seed:
     return Seed(
-        KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="seed", threads=1, ttl_s=ttl_s,
+        KEY,
+        rank.layout,
+        rank.address,
+        coordinator=client,
+        transports={"local": local},
+        instance="seed",
+        threads=1,
+        ttl_s=ttl_s,
         **more,
-    )  # fmt: skip
+    )
 
 
 def descriptors() -> set[str]:
@@ -193,9 +200,17 @@ class TestChainOfCustody:
                 local.register(rank.regions("arena"))
             for rank, receipt in ranks:
                 stack.enter_context(
-                    Seed(KEY, rank.layout, rank.address, coordinator=client, transports={"local": local}, instance="b", threads=1,
-                         proven=receipt.digests)
-                )  # fmt: skip
+                    Seed(
+                        KEY,
+                        rank.layout,
+                        rank.address,
+                        coordinator=client,
+                        transports={"local": local},
+                        instance="b",
+                        threads=1,
+                        proven=receipt.digests,
+                    )
+                )
             (result,) = load_ranks(replace(life, instance="c", launch="2"))
             assert isinstance(result.error, VerifyError), result.error
             assert "announced" in result.error.message

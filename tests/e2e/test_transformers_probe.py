@@ -40,7 +40,14 @@ def test_trace_is_probe(name: str, parallel: Parallel, record_property: Callable
     layout = layout_for(files, parallel, rank, family.catalog, kept_casts=True)
     layout.prove_cover()
     assert agree(layout, probe_layout(files, parallel, rank, family.catalog)) == []
-    record_property("cell", {
-        "engine": "transformers", "family": family.architecture, "quantization": family.quantization, "tp": parallel.tp,
-        "ep": parallel.ep, "result": "trace == probe",
-    })  # fmt: skip
+    record_property(
+        "cell",
+        {
+            "engine": "transformers",
+            "family": family.architecture,
+            "quantization": family.quantization,
+            "tp": parallel.tp,
+            "ep": parallel.ep,
+            "result": "trace == probe",
+        },
+    )

@@ -84,9 +84,16 @@ class Instance:
     """All ranks of an instance, in this process. finish: as of `Worker`; known_as: what the engine calls the model."""
 
     def __init__(
-        self, name: str, tp: int, checkpoint: Path, config: Config, launch: Launch | None = None, *,
-        finish: Callable[[nn.Module], object] | None = None, known_as: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        tp: int,
+        checkpoint: Path,
+        config: Config,
+        launch: Launch | None = None,
+        *,
+        finish: Callable[[nn.Module], object] | None = None,
+        known_as: str = "",
+    ) -> None:
         self.name, self.tp, self.checkpoint, self.config = name, tp, checkpoint, config
         self.finish, self.known_as = finish, known_as
         self.models = [Toy(tp, rank) for rank in range(tp)]
@@ -96,10 +103,13 @@ class Instance:
     def _worker(self, rank: int, checkpoint: Path | None = None) -> Worker:
         who = Identity("toy 1.0", self.launch, Parallel(tp=self.tp), rank, self.tp)
         return Worker(
-            who, self.config, lambda: checkpoint or self.checkpoint,
+            who,
+            self.config,
+            lambda: checkpoint or self.checkpoint,
             load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
-            finish=self.finish, known_as=self.known_as,
-        )  # fmt: skip
+            finish=self.finish,
+            known_as=self.known_as,
+        )
 
     def load(self) -> list[Receipt]:
         with ThreadPoolExecutor(self.tp) as pool:

@@ -93,9 +93,14 @@ def _serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, ins
             for transport in transports.values():
                 transport.register([rank.arena.region()])
             seed = Seed(
-                ModelKey(name, model.name), rank.layout, rank.address, coordinator=client, transports=transports,
-                instance=instance, space=space_on(rank.gpu),
-            )  # fmt: skip
+                ModelKey(name, model.name),
+                rank.layout,
+                rank.address,
+                coordinator=client,
+                transports=transports,
+                instance=instance,
+                space=space_on(rank.gpu),
+            )
             stack.enter_context(seed)
             ranks.append(rank)
         link.send("ready")

@@ -107,8 +107,14 @@ def test_digest_of_more_than_four_gigabytes(space: Space) -> None:
         for begin in range(0, rows * columns * 2, 1 << 30):
             gpu.write(there + begin, part.tobytes())
         stride = np.array([[columns * 2, 2]])
-        box = [[[0, 0], [rows, columns]], [[0, 0], [rows // 2, columns]], [[rows // 2, 0], [rows, columns]],
-               [[0, 0], [rows, 12_345]], [[0, 12_345], [rows, columns]], [[0, 0], [100, columns]]]  # fmt: skip
+        box = [
+            [[0, 0], [rows, columns]],
+            [[0, 0], [rows // 2, columns]],
+            [[rows // 2, 0], [rows, columns]],
+            [[0, 0], [rows, 12_345]],
+            [[0, 12_345], [rows, columns]],
+            [[0, 0], [100, columns]],
+        ]
         start, stop = np.array(box)[:, 0], np.array(box)[:, 1]
         stride, zero = np.repeat(stride, len(box), axis=0), np.zeros(len(box), np.int64)
         found = [int(d) for d in space.digest(catalog, zero, start, stop, there + (start * stride).sum(axis=1), stride, 0)]
@@ -156,7 +162,7 @@ def test_copies_out_of_any_memory(space: Space, twins, memory: str) -> None:
                 strided(src + (1 << 20), dst + (2 << 20), 2, [100, 1000], [2, 200], [2000, 2]),
                 strided(src + (4 << 20), dst + (4 << 20), 100, [500], [-300], [128]),
                 strided(src, dst + (6 << 20) + 1, 2 << 20 if memory == "device" else (1 << 20) + 3, [], [], []),
-            )  # fmt: skip
+            )
 
         copy(batch(here, expected))
         space.copy(batch(src, dst))

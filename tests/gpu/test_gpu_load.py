@@ -57,9 +57,16 @@ def load_all(
             transports = stack.enter_context(opened_transports(config, mine.gpu))
             member = Member("target", rank, parallel.tp * parallel.pp, name)
             job = Job(
-                ModelKey(name, model.name), mine.layout, mine.address, [mine.arena.region()], member, transports, config,
-                coordinator=client, reserve=reserve,
-            )  # fmt: skip
+                ModelKey(name, model.name),
+                mine.layout,
+                mine.address,
+                [mine.arena.region()],
+                member,
+                transports,
+                config,
+                coordinator=client,
+                reserve=reserve,
+            )
             try:
                 receipt = load(job)
             except PeerloadError as error:

@@ -87,11 +87,15 @@ class Case:
         stock = self.stock[tp]
         wrong = [p for a, b in zip(ran.sha256, stock.sha256, strict=True) for p in b if a.get(p) != b[p]]
         row |= {
-            "sources": RECEIVED.findall(ran.log), "tensors": sum(map(len, stock.sha256)), "wrong": wrong[:3],
-            "tokens": ran.tokens == stock.tokens, "verified": "100.0 % of its bytes verified" in ran.log,
-            "seconds": round(ran.seconds, 1), "stock_seconds": round(stock.seconds, 1),
+            "sources": RECEIVED.findall(ran.log),
+            "tensors": sum(map(len, stock.sha256)),
+            "wrong": wrong[:3],
+            "tokens": ran.tokens == stock.tokens,
+            "verified": "100.0 % of its bytes verified" in ran.log,
+            "seconds": round(ran.seconds, 1),
+            "stock_seconds": round(stock.seconds, 1),
             "lines": [line.partition("peerload: ")[2] for line in ran.log.splitlines() if "peerload: rank" in line],
-        }  # fmt: skip
+        }
 
     def _run(self, name: str, tp: int, config: dict[str, object] | None) -> Ran:
         begun_s = time.monotonic()
@@ -158,8 +162,10 @@ def main() -> int:
         if "failed" in row:
             sys.stdout.write(f"{row['model']:24} {row['seed_tp']}->{row['tp']:<7} FAILED {row['failed']}\n")
             continue
-        sys.stdout.write(f"{row['model']:24} {row['seed_tp']}->{row['tp']:<7} {'equal' if not row['wrong'] else 'WRONG':8} "
-                         f"{'equal' if row['tokens'] else 'differ':8} {row['verified']!s:9} {row['sources']}\n")  # fmt: skip
+        sys.stdout.write(
+            f"{row['model']:24} {row['seed_tp']}->{row['tp']:<7} {'equal' if not row['wrong'] else 'WRONG':8} "
+            f"{'equal' if row['tokens'] else 'differ':8} {row['verified']!s:9} {row['sources']}\n"
+        )
     return int(any("failed" in row or row["wrong"] for row in rows))
 
 

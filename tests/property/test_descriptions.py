@@ -31,10 +31,32 @@ from peerload.transport.probes import probe
 from peerload.transport.process import boot_id
 
 #: Any JSON, and numbers and strings at the edges of what is allowed.
-EDGES = st.sampled_from([
-    0, 1, -1, 4095, 1 << 31, 1 << 62, TOP, TOP + 1, 1 << 64, 10**400, True, 0.5, float("nan"), "", "a\0b", "\ud800", "/",
-    "/dev/null", "/etc", "/proc/self/mem", "x" * 200, "[" * 100,
-])  # fmt: skip
+EDGES = st.sampled_from(
+    [
+        0,
+        1,
+        -1,
+        4095,
+        1 << 31,
+        1 << 62,
+        TOP,
+        TOP + 1,
+        1 << 64,
+        10**400,
+        True,
+        0.5,
+        float("nan"),
+        "",
+        "a\0b",
+        "\ud800",
+        "/",
+        "/dev/null",
+        "/etc",
+        "/proc/self/mem",
+        "x" * 200,
+        "[" * 100,
+    ]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | EDGES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -145,12 +167,18 @@ PROCESS = {"host": boot_id(), "pid_namespace": 1, "pid": 2, "start_time": 3, "so
 KINDS = [
     attached.Description(**PROCESS, address=(4096,), nbytes=(10,), file=(-1,), offset=(0,)),
     cuda_ipc.Description(
-        **PROCESS, gpu="GPU-0", address=(4096, 5000), nbytes=(10, 20), block=(0, 0), base=(4096,), size=(8192,),
+        **PROCESS,
+        gpu="GPU-0",
+        address=(4096, 5000),
+        nbytes=(10, 20),
+        block=(0, 0),
+        base=(4096,),
+        size=(8192,),
         handle=("ab" * HANDLE_NBYTES,),
     ),
     nixl.Description(host=boot_id(), metadata="AAAA", address=(4096,), nbytes=(1,)),
     FileSet(("/a/b\udc80",), (0,), (-1,), (4096,)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("description", KINDS, ids=lambda d: type(d).__module__.rpartition(".")[2])

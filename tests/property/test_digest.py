@@ -236,8 +236,13 @@ def test_pieces_of_a_layout_and_threads() -> None:
     specs = [TensorSpec("q", "BF16", (64, 96)), TensorSpec("down", "F32", (1100, 1300)), TensorSpec("scale", "F32", ())]
     catalog = Catalog.of(specs)
     wholes = [random_tensor(i, s.shape, s.dtype) for i, s in enumerate(specs)]
-    parts = [(0, Box((32, 0), (64, 96)), False), (0, Box((0, 5), (32, 9)), True), (1, Box((0, 650), (1100, 1300)), False),
-             (1, Box((7, 0), (1100, 650)), True), (2, Box((), ()), False)]  # fmt: skip
+    parts = [
+        (0, Box((32, 0), (64, 96)), False),
+        (0, Box((0, 5), (32, 9)), True),
+        (1, Box((0, 650), (1100, 1300)), False),
+        (1, Box((7, 0), (1100, 650)), True),
+        (2, Box((), ()), False),
+    ]
     buffer, rows, offset = np.zeros(8 << 20, np.uint8), [], 2
     for tensor, box, transposed in parts:
         data = wholes[tensor][box.slices()]

@@ -235,8 +235,11 @@ def test_constants_and_what_nobody_writes() -> None:
     first = numbers(MIXED)["bias"][0].item()
     assert probed.buffers["p"].ids.tolist() == [first, first + 1, first + 2, CONSTANT, CONSTANT, UNWRITTEN]
     assert {name: seen.kind for name, seen in probed.buffers.items()} == {
-        "p": "copy", "minus": "constant", "left": "unwritten", "none": "empty",
-    }  # fmt: skip
+        "p": "copy",
+        "minus": "constant",
+        "left": "unwritten",
+        "none": "empty",
+    }
     layout = decoded_layout(probed)
     layout.prove_cover()
     assert {c.fill for c in layout.constants if c.buffer == layout.buffer_names.index("minus")} == {b"\x80\xbf"}
@@ -522,9 +525,10 @@ def test_a_parameter_that_the_trace_lacks_is_named() -> None:
     assert agree(layout, probe(build, lambda m, weights: m.load(weights, lambda w: {"p": w["w"]}), MIXED)) == []
     both = probe(build, lambda m, weights: m.load(weights, lambda w: {"p": w["w"], "b": w["bias"]}), MIXED)
     assert agree(layout, both) == ["b: missing from the layout, but the probe sees bias[0] in it"]
-    assert agree(traced(lambda w: {"p": w["w"], "b": w["bias"]}, build), probe(
-        lambda: Plain(p=("BF16", (4, 6))), lambda m, weights: m.load(weights, lambda w: {"p": w["w"]}), MIXED
-    )) == ["b: the model that was probed has no such tensor"]  # fmt: skip
+    assert agree(
+        traced(lambda w: {"p": w["w"], "b": w["bias"]}, build),
+        probe(lambda: Plain(p=("BF16", (4, 6))), lambda m, weights: m.load(weights, lambda w: {"p": w["w"]}), MIXED),
+    ) == ["b: the model that was probed has no such tensor"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS)

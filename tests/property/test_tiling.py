@@ -42,8 +42,10 @@ def split(draw: st.DrawFn) -> list[Placed]:
         if axes:
             axis = draw(st.sampled_from(axes))
             at = draw(st.integers(part.start[axis] + 1, part.stop[axis] - 1))
-            parts += [Box(part.start, (*part.stop[:axis], at, *part.stop[axis + 1 :])),
-                      Box((*part.start[:axis], at, *part.start[axis + 1 :]), part.stop)]  # fmt: skip
+            parts += [
+                Box(part.start, (*part.stop[:axis], at, *part.stop[axis + 1 :])),
+                Box((*part.start[:axis], at, *part.start[axis + 1 :]), part.stop),
+            ]
         else:
             parts.append(part)
     return [(tensor, box)] + [(tensor, p) for p in parts[draw(st.integers(0, 1)) :]]

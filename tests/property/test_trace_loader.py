@@ -17,10 +17,16 @@ from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
 from peerload.testing.loader_oracle import differences, values_of  # noqa: E402
 from peerload.tracing.trace import trace_loader  # noqa: E402
 
-CATALOG = Catalog.of([
-    TensorSpec("a", "BF16", (6, 4)), TensorSpec("b", "F32", (6, 4)), TensorSpec("c", "BF16", (4, 6)),
-    TensorSpec("d", "F8_E4M3", (4, 4)), TensorSpec("e", "I32", (12,)), TensorSpec("s", "F32", ()),
-])  # fmt: skip
+CATALOG = Catalog.of(
+    [
+        TensorSpec("a", "BF16", (6, 4)),
+        TensorSpec("b", "F32", (6, 4)),
+        TensorSpec("c", "BF16", (4, 6)),
+        TensorSpec("d", "F8_E4M3", (4, 4)),
+        TensorSpec("e", "I32", (12,)),
+        TensorSpec("s", "F32", ()),
+    ]
+)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn, torch.int32, torch.int64)
 Step = Callable[["Model", list[Tensor]], None]
 
@@ -81,9 +87,19 @@ def loaders(draw: st.DrawFn) -> list[Step]:
         n = shape[dim] if shape else 1
         if kind == "view":
             index, how = cut(draw, shape), draw(st.sampled_from(["index", "t", "flat", "split"]))
-            take(lambda m, pool, i=i, index=index, how=how, dim=dim: pool.append(
-                pool[i][index] if how == "index" else pool[i].transpose(0, dim) if how == "t" else pool[i].reshape(-1)
-                if how == "flat" else pool[i].unflatten(dim, (2, -1)) if pool[i].dim() < 4 else pool[i]))  # fmt: skip
+            take(
+                lambda m, pool, i=i, index=index, how=how, dim=dim: pool.append(
+                    pool[i][index]
+                    if how == "index"
+                    else pool[i].transpose(0, dim)
+                    if how == "t"
+                    else pool[i].reshape(-1)
+                    if how == "flat"
+                    else pool[i].unflatten(dim, (2, -1))
+                    if pool[i].dim() < 4
+                    else pool[i]
+                )
+            )
         elif kind == "copy":
             how, k = (
                 draw(st.sampled_from(["clone", "flip", "roll", "repeat", "pick", "cat", "stack", "pad", "every"])),
@@ -126,9 +142,14 @@ def loaders(draw: st.DrawFn) -> list[Step]:
             how = draw(st.sampled_from(choices))
 
             def write(
-                m: Model, pool: list[Tensor], i: int = i, name: str = name, how: str = how,
-                region: tuple[slice, ...] = region, value: float = value,
-            ) -> None:  # fmt: skip
+                m: Model,
+                pool: list[Tensor],
+                i: int = i,
+                name: str = name,
+                how: str = how,
+                region: tuple[slice, ...] = region,
+                value: float = value,
+            ) -> None:
                 whole = m.holder[0] if name == "holder" else getattr(m, name).data
                 into, source = whole[region], pool[i]
                 if how == "fill":

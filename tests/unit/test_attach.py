@@ -324,17 +324,30 @@ def test_who_attached_becomes_a_seed_for_a_third(url: str) -> None:
         client = stack.enter_context(CoordinatorClient(url, timeout_s=3.0))
         transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(CONFIG).items()}
         job = Job(
-            second.key, bare.layout, bare.address, bare.regions(CONFIG.registration), Member("second"), transports, CONFIG,
-            coordinator=client, arena=bare.arena,
-        )  # fmt: skip
+            second.key,
+            bare.layout,
+            bare.address,
+            bare.regions(CONFIG.registration),
+            Member("second"),
+            transports,
+            CONFIG,
+            coordinator=client,
+            arena=bare.arena,
+        )
         assert load(job).attached_nbytes > 0
         first.close()
         stack.enter_context(
             Seed(
-                second.key, bare.layout, bare.address, coordinator=client, transports=transports, instance="second",
-                arena=bare.arena, threads=1,
+                second.key,
+                bare.layout,
+                bare.address,
+                coordinator=client,
+                transports=transports,
+                instance="second",
+                arena=bare.arena,
+                threads=1,
             )
-        )  # fmt: skip
+        )
         third = stack.enter_context(TargetProcess(life(url, "third", 2, ranks=(0,)), size=1))
         assert third.hear() == "begun"
         said = third.hear()
@@ -385,9 +398,16 @@ def test_the_bytes_outlive_the_seed(url: str) -> None:
         client = stack.enter_context(CoordinatorClient(url, timeout_s=3.0))
         transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(CONFIG).items()}
         job = Job(
-            me.key, bare.layout, bare.address, bare.regions(CONFIG.registration), Member("target"), transports, CONFIG,
-            coordinator=client, arena=bare.arena,
-        )  # fmt: skip
+            me.key,
+            bare.layout,
+            bare.address,
+            bare.regions(CONFIG.registration),
+            Member("target"),
+            transports,
+            CONFIG,
+            coordinator=client,
+            arena=bare.arena,
+        )
         assert load(job).attached_nbytes == bare.layout.nbytes - sum(n for n in bare.layout.buffer_nbytes.tolist() if n < 1 << 18)
         seed.kill()
         assert differences(me, bare) == []

@@ -173,7 +173,7 @@ LAYOUT_FAULTS: list[tuple[str, Callable[[pb.Layout], object], str]] = [
     ("opaque buffer", lambda m: setattr(m.opaque[0], "buffer", -1), "layout.opaques[0].buffer"),
     ("alias of nothing", lambda m: setattr(m.alias[0], "text", "nothing"), "layout.aliases[lm_head]"),
     ("tp 0", lambda m: setattr(m.parallel, "tp", 0), "parallel.tp"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fault", "field"), [f[1:] for f in LAYOUT_FAULTS], ids=[f[0] for f in LAYOUT_FAULTS])
@@ -198,7 +198,7 @@ CATALOG_FAULTS: list[tuple[str, Callable[[pb.Catalog], object], str]] = [
     ("overflow", lambda m: setattr(m, "extent", patched(patched(m.extent, 0, 2**40), 1, 2**40)), "catalog[embed].shape"),
     ("twice", lambda m: m.name.__setitem__(1, "embed"), "catalog.name"),
     ("too many dimensions", lambda m: (setattr(m, "ndim", b"\x09" * 6), setattr(m, "extent", i64(*[1] * 54))), "catalog.shapes"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fault", "field"), [f[1:] for f in CATALOG_FAULTS], ids=[f[0] for f in CATALOG_FAULTS])
@@ -221,7 +221,7 @@ BLOB_FAULTS: list[tuple[str, Callable[[pb.Blob], object], str]] = [
     ("overstated", lambda m: setattr(m, "nbytes", m.nbytes + 1), "blob.nbytes"),
     ("too large", lambda m: setattr(m, "nbytes", codec.MAX_BLOB_NBYTES + 1), "blob.nbytes"),
     ("bomb", lambda m: setattr(m, "packed", zlib.compress(bytes(200 << 20))), "blob.nbytes"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fault", "field"), [f[1:] for f in BLOB_FAULTS], ids=[f[0] for f in BLOB_FAULTS])
@@ -245,7 +245,7 @@ RECORD_FAULTS: list[tuple[str, Callable[[pb.Announcement], object], str]] = [
     ("attribute", lambda m: m.attributes.__setitem__("k", "v" * 5000), "binding.attributes[k]"),
     ("attributes", lambda m: m.attributes.update({str(i): "" for i in range(70)}), "binding.attributes"),
     ("host", lambda m: setattr(m, "host", "h" * 5000), "binding.host"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fault", "field"), [f[1:] for f in RECORD_FAULTS], ids=[f[0] for f in RECORD_FAULTS])

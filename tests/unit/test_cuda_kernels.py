@@ -121,9 +121,15 @@ def check_digest(built: ctypes.CDLL, catalog: Catalog, columns: tuple[np.ndarray
     tensor, start, stop, address, stride = columns
     expected = digest_boxes(catalog, *columns, threads=1)
     table, tiles = digest.rows_of(
-        np.arange(len(tensor)), tensor_keys(catalog)[tensor], catalog.itemsize[tensor], catalog.shape[tensor],
-        start, stop, address, stride,
-    )  # fmt: skip
+        np.arange(len(tensor)),
+        tensor_keys(catalog)[tensor],
+        catalog.itemsize[tensor],
+        catalog.shape[tensor],
+        start,
+        stop,
+        address,
+        stride,
+    )
     sums = np.zeros((len(tensor), 2), np.uint64)
     run(built.peerload_digest, table, tiles, sums)
     assert fold(sums[:, 0], sums[:, 1]).tolist() == expected.tolist()

@@ -142,9 +142,17 @@ def files_of(family: Family) -> ModelFiles:
 #: What transformers has a plan for.
 DENSE = ["llama", "llama-tied", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt-neox", "llama4", "llama-fp8-block"]
 SPARSE = [
-    "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "qwen3-next", "deepseek-v2", "deepseek-v3", "glm4-moe", "gpt-oss",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "olmoe",
+    "qwen3-next",
+    "deepseek-v2",
+    "deepseek-v3",
+    "glm4-moe",
+    "gpt-oss",
     "qwen3-moe-fp8-block",
-]  # fmt: skip
+]
 UNSPLIT = ["gpt2", "opt", "falcon"]
 CASES = [(name, Parallel(tp)) for name in [*DENSE, *SPARSE] for tp in (2, 4)] + [(name, Parallel()) for name in UNSPLIT]
 if hasattr(DistributedConfig, "ep_size"):

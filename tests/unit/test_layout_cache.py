@@ -32,10 +32,17 @@ def kept() -> Kept:
         Piece(2, Box((0, 0), (1, 2)), 1, 0, (8, 4)),
     ]
     layout = Layout(
-        CATALOG, ("p", "q", "r"), np.array([30, 12, 7], np.int64), Pieces.of(pieces, CATALOG.width),
-        (Constant(0, 24, (3,), (2,), b"\x80\xbf"),), (Opaque("r", "tag", 2, 0, 7, ("a",), "swizzled"),),
-        {"a as F32": "a"}, {"b": "not for us"}, Parallel(4, 2, 4), 3,
-    )  # fmt: skip
+        CATALOG,
+        ("p", "q", "r"),
+        np.array([30, 12, 7], np.int64),
+        Pieces.of(pieces, CATALOG.width),
+        (Constant(0, 24, (3,), (2,), b"\x80\xbf"),),
+        (Opaque("r", "tag", 2, 0, 7, ("a",), "swizzled"),),
+        {"a as F32": "a"},
+        {"b": "not for us"},
+        Parallel(4, 2, 4),
+        3,
+    )
     return Kept(layout, {"a as F32": "cast"}, ("cos_sin",), {"w_uk": "aten::mm"}, {"a as F32": ("a",)})
 
 
@@ -82,11 +89,18 @@ def test_a_layout_without_pieces_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"engine": "sglang"}, {"version": "1.3"}, {"tracer": "abd"}, {"model": "0123456789abcdee"}, {"quantization": ""},
-        {"parallel": Parallel(4, 2, 2)}, {"rank": 2}, {"device": "cuda 10.0"}, {"platform": "cuda"},
+        {"engine": "sglang"},
+        {"version": "1.3"},
+        {"tracer": "abd"},
+        {"model": "0123456789abcdee"},
+        {"quantization": ""},
+        {"parallel": Parallel(4, 2, 2)},
+        {"rank": 2},
+        {"device": "cuda 10.0"},
+        {"platform": "cuda"},
         {"arguments": '{"quantization": "fp8"}'},
     ],
-)  # fmt: skip
+)
 def test_another_key_is_another_file(tmp_path: Path, change: dict[str, object]) -> None:
     cache = LayoutCache(tmp_path)
     cache.put(KEY, kept())
@@ -99,10 +113,17 @@ def test_a_person_can_read_it(tmp_path: Path) -> None:
     head, body = (json.loads(line) for line in path.read_text().splitlines())
     assert head["format"] == FORMAT
     assert head["key"] == {
-        "engine": "vllm", "version": "1.2", "tracer": "abc", "model": "0123456789abcdef", "quantization": "fp8",
-        "parallel": {"tp": 4, "pp": 2, "ep": 4}, "rank": 3, "device": "cuda 9.0",
-        "platform": "auto", "arguments": "{}",
-    }  # fmt: skip
+        "engine": "vllm",
+        "version": "1.2",
+        "tracer": "abc",
+        "model": "0123456789abcdef",
+        "quantization": "fp8",
+        "parallel": {"tp": 4, "pp": 2, "ep": 4},
+        "rank": 3,
+        "device": "cuda 9.0",
+        "platform": "auto",
+        "arguments": "{}",
+    }
     assert body["buffers"] == [["p", "q", "r"], [30, 12, 7]]
 
 

@@ -18,12 +18,20 @@ from peerload.testing.loader_oracle import differences, values_of  # noqa: E402
 from peerload.tracing.trace import Traced, trace_loader  # noqa: E402
 
 BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
-CATALOG = Catalog.of([
-    TensorSpec("q", "BF16", (8, 6)), TensorSpec("k", "BF16", (4, 6)), TensorSpec("v", "BF16", (4, 6)),
-    TensorSpec("wide", "F32", (8, 6)), TensorSpec("bias", "F32", (8,)), TensorSpec("scale", "F32", (1,)),
-    TensorSpec("point", "F32", ()), TensorSpec("fp8", "F8_E4M3", (8, 6)), TensorSpec("ints", "I32", (8,)),
-    TensorSpec("vocab", "BF16", (10, 6)),
-])  # fmt: skip
+CATALOG = Catalog.of(
+    [
+        TensorSpec("q", "BF16", (8, 6)),
+        TensorSpec("k", "BF16", (4, 6)),
+        TensorSpec("v", "BF16", (4, 6)),
+        TensorSpec("wide", "F32", (8, 6)),
+        TensorSpec("bias", "F32", (8,)),
+        TensorSpec("scale", "F32", (1,)),
+        TensorSpec("point", "F32", ()),
+        TensorSpec("fp8", "F8_E4M3", (8, 6)),
+        TensorSpec("ints", "I32", (8,)),
+        TensorSpec("vocab", "BF16", (10, 6)),
+    ]
+)
 DEVICES = ["meta", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 Load = Callable[["Toy", dict[str, Tensor]], object]
 
@@ -109,7 +117,7 @@ MOVES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "index_copy": lambda w: torch.zeros_like(w["q"]).index_copy_(0, torch.tensor([7, 1, 2, 3], device="cpu"), w["k"]),
     "as bytes and back": lambda w: w["q"].view(torch.int16)[2:].view(BF16),
     "there and back": lambda w: w["q"].float().double().to(BF16),
-}  # fmt: skip
+}
 
 
 def _through_a_buffer(w: dict[str, Tensor]) -> Tensor:
@@ -161,9 +169,12 @@ def test_casts_are_tensors_of_their_own() -> None:
 
     result = proved(load, ((8, 6), F32), W, ((8, 6), torch.float16), ((8,), torch.int64), ((8,), BF16))
     assert pieces(result) == [
-        "q as F32[0:8, 0:6]", "wide as BF16[2:6, 0:6]", "wide as F8_E4M3 as BF16[0:4, 0:6]",
-        "q as F16[0:8, 0:6]", "ints as I64[0:8]",
-    ]  # fmt: skip
+        "q as F32[0:8, 0:6]",
+        "wide as BF16[2:6, 0:6]",
+        "wide as F8_E4M3 as BF16[0:4, 0:6]",
+        "q as F16[0:8, 0:6]",
+        "ints as I64[0:8]",
+    ]
     catalog = result.layout.catalog
     assert catalog[catalog.row["q as F32"]] == TensorSpec("q as F32", "F32", (8, 6))
     assert result.derived["q as F32"].reason == "cast BF16 to F32"
@@ -188,7 +199,7 @@ COMPUTED: dict[str, tuple[Callable[[Toy, dict[str, Tensor]], object], tuple[str,
     "in the end": (lambda m, w: (m.a.data.copy_(w["q"]), m.a.data.div_(w["scale"])), ("q", "scale"), "aten::div_"),
     "shuffled": (lambda m, w: m.a.data.copy_(w["q"].flatten()[torch.randperm(48, device="cpu")].view(8, 6)), ("q",), ""),
     "two for one place": (lambda m, w: [m.a.data.copy_(w[n]) for n in ("q", "vocab_")], ("q", "wide"), "one place"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMPUTED)
@@ -270,7 +281,7 @@ VALUES: dict[str, Callable[[Toy, dict[str, Tensor]], object]] = {
     "kept in a list": lambda m, w: setattr(m, "scales", [w["scale"].item()]),
     "of a parameter": lambda m, w: m.a.data.fill_(m.a.data.copy_(w["scale"]).max().item() + 1),
     "resized": lambda m, w: w["scale"].resize_(2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VALUES)

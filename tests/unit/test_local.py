@@ -153,10 +153,17 @@ def test_mappings_of_a_lost_source_are_given_back(reader: LocalTransport) -> Non
 
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
-    [("host", "elsewhere", "another host"), ("token", "0" * 32, "hand over"), ("socket", "nobody", "socket"),
-     ("start_time", 1, "no longer the one"), ("pid", 1, "no longer the one"), ("address", [-5], "sense"),
-     ("nbytes", [1 << 63], "sense"), ("nbytes", [], "sense")],
-)  # fmt: skip
+    [
+        ("host", "elsewhere", "another host"),
+        ("token", "0" * 32, "hand over"),
+        ("socket", "nobody", "socket"),
+        ("start_time", 1, "no longer the one"),
+        ("pid", 1, "no longer the one"),
+        ("address", [-5], "sense"),
+        ("nbytes", [1 << 63], "sense"),
+        ("nbytes", [], "sense"),
+    ],
+)
 def test_a_description_that_does_not_fit_is_refused(
     seed: LocalTransport, reader: LocalTransport, field: str, value: object, problem: str
 ) -> None:
@@ -210,9 +217,17 @@ def test_a_reader_trusts_no_seed_about_seals(reader: LocalTransport) -> None:
     address = int(np.frombuffer(memory, np.uint8).ctypes.data)
     handover = Handover(lambda: {0: os.dup(fd)})
     description = Description(
-        host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
-        socket=handover.address, token=handover.token, address=[address], nbytes=[1 << 20], file=[0], offset=[0],
-    )  # fmt: skip
+        host=boot_id(),
+        pid_namespace=pid_namespace(),
+        pid=os.getpid(),
+        start_time=start_time(os.getpid()),
+        socket=handover.address,
+        token=handover.token,
+        address=[address],
+        nbytes=[1 << 20],
+        file=[0],
+        offset=[0],
+    )
     before = mapped_nbytes("unsealed")
     with Arena(1 << 20) as arena:
         here = arena.allocate(1 << 20)

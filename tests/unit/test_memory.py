@@ -92,10 +92,12 @@ NEXT = Region(0x11000, 0x1000)
 
 def test_registration_per_tensor_keeps_offsets_and_joins_only_what_overlaps() -> None:
     buffers = [
-        Placed(0x10100, 0x100, BLOCK), Placed(0x10200, 0x80, BLOCK),  # neighbours
+        Placed(0x10100, 0x100, BLOCK),
+        Placed(0x10200, 0x80, BLOCK),  # neighbours
         Placed(0x10240, 0x80, BLOCK),  # overlaps the second
-        Placed(0x10F00, 0x100, BLOCK), Placed(0x11000, 0x100, NEXT),  # touch, but lie in two allocations
-    ]  # fmt: skip
+        Placed(0x10F00, 0x100, BLOCK),
+        Placed(0x11000, 0x100, NEXT),  # touch, but lie in two allocations
+    ]
     assert regions_for(buffers, "per-tensor") == [
         Region(0x10100, 0x100, fd=7, fd_offset=0x2100),
         Region(0x10200, 0xC0, fd=7, fd_offset=0x2200),

@@ -131,9 +131,12 @@ MODELS = {
     "per channel, transposed": tiny_llama(Held("fp8_channel", vocabulary=4, transposed=True)),
 }
 ARRANGED = [
-    (Parallel(2, 1, 2), Parallel(4, 1, 4)), (Parallel(4), Parallel(2, 1, 2)), (Parallel(2, 2), Parallel(4)),
-    (Parallel(), Parallel(4, 2)), (Parallel(3), Parallel(2)),
-]  # fmt: skip
+    (Parallel(2, 1, 2), Parallel(4, 1, 4)),
+    (Parallel(4), Parallel(2, 1, 2)),
+    (Parallel(2, 2), Parallel(4)),
+    (Parallel(), Parallel(4, 2)),
+    (Parallel(3), Parallel(2)),
+]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -314,8 +317,9 @@ def test_overlapping_boxes_prove_what_they_can() -> None:
 
 def test_claims_of_seeds_with_other_catalogs_are_matched_by_name() -> None:
     specs = [TensorSpec("extra", "U8", (3, 2, 2)), GRID[1], TensorSpec("w", "F16", (8, 8))]
-    pieces = Pieces.of([Piece(0, Box.whole((3, 2, 2)), 0, 0, (4, 2, 1)), Piece(1, NORM, 0, 16, (4,)),
-                        Piece(2, WHOLE, 0, 48, (16, 2))], 3)  # fmt: skip
+    pieces = Pieces.of(
+        [Piece(0, Box.whole((3, 2, 2)), 0, 0, (4, 2, 1)), Piece(1, NORM, 0, 16, (4,)), Piece(2, WHOLE, 0, 48, (16, 2))], 3
+    )
     layout = Layout(Catalog.of(specs), ("b",), np.array([256]), pieces)
     digests = np.array([1, total(1, NORM), 3], np.uint64)
     offers = [Offer(layout, Binding(SourceId("a", 0, "g"), np.zeros(1, np.int64), (), digests=d)) for d in (digests, None)]
@@ -399,9 +403,18 @@ def test_joining_renumbers_sources() -> None:
 
 def test_a_receipt_says_what_happened() -> None:
     receipt = Receipt(
-        model="m", rank=1, sources={"s/rank 0": Read(1_000_000, 4)}, needed_nbytes=1_000_000, wire_nbytes=1_500_000, operations=6,
-        seconds={"plan": 0.25, "transfer": 0.5}, wall_s=1.0, verified_nbytes=1_000_000, digest=255, digest_tensors=3,
-    )  # fmt: skip
+        model="m",
+        rank=1,
+        sources={"s/rank 0": Read(1_000_000, 4)},
+        needed_nbytes=1_000_000,
+        wire_nbytes=1_500_000,
+        operations=6,
+        seconds={"plan": 0.25, "transfer": 0.5},
+        wall_s=1.0,
+        verified_nbytes=1_000_000,
+        digest=255,
+        digest_tensors=3,
+    )
     found = json.loads(receipt.to_json())
     assert found["digest"] == "00000000000000ff"
     assert found["sources"] == {"s/rank 0": {"nbytes": 1_000_000, "operations": 4}}

@@ -68,7 +68,7 @@ def shapes(src: int, dst: int, nbytes: int) -> dict[str, Batch]:
         "halves of 8 KiB rows": one_copy(src, dst, 4096, nbytes // 8192, 8192, 4096),
         "halves of 512 B rows": one_copy(src, dst, 256, nbytes // 512, 512, 256),
         "one block, odd by one byte": one_copy(src + 1, dst, nbytes // 2),
-    }  # fmt: skip
+    }
 
 
 def read(transport: Transport, peer: str, batch: Batch) -> None:
@@ -221,8 +221,13 @@ def main() -> int:
     device = Device(GPU)
     began = time.perf_counter()
     compiled(*device.capability)
-    result: dict[str, object] = {"bench": "cuda", "gpu": device.model, "gpus": driver.count(), "nbytes": nbytes,
-                                 "compile_s": round(time.perf_counter() - began, 3)}  # fmt: skip
+    result: dict[str, object] = {
+        "bench": "cuda",
+        "gpu": device.model,
+        "gpus": driver.count(),
+        "nbytes": nbytes,
+        "compile_s": round(time.perf_counter() - began, 3),
+    }
     tables: dict[str, Callable[[], dict[str, float]]] = {"within one GPU": lambda: between(GPU, nbytes, told.rounds)}
     if not why_not(2):
         tables["between two GPUs"] = lambda: between("cuda:1", nbytes, told.rounds)

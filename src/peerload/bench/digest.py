@@ -126,10 +126,17 @@ def comparison(rounds: int, tensors: int = 25_000) -> dict[str, float]:
     encode = statistics.median(timed(measured.encode) for _ in range(rounds))
     data = measured.encode()
     decode = statistics.median(timed(lambda: Measured.decode(data, catalog)) for _ in range(rounds))
-    print(f"comparison of {len(measured)} measured boxes {judge:.3f} s; exchange {len(data)} bytes, packed {encode:.3f} s, "
-          f"unpacked {decode:.3f} s")  # fmt: skip
-    return {"measured": len(measured), "compare_s": round(judge, 4), "encode_s": round(encode, 4), "decode_s": round(decode, 4),
-            "nbytes": len(data)}  # fmt: skip
+    print(
+        f"comparison of {len(measured)} measured boxes {judge:.3f} s; exchange {len(data)} bytes, packed {encode:.3f} s, "
+        f"unpacked {decode:.3f} s"
+    )
+    return {
+        "measured": len(measured),
+        "compare_s": round(judge, 4),
+        "encode_s": round(encode, 4),
+        "decode_s": round(decode, 4),
+        "nbytes": len(data),
+    }
 
 
 def main() -> None:

@@ -32,9 +32,13 @@ from ..receipt import Receipt
 
 #: Common ones, about 1 GiB with 9 layers: every shard is a whole number of pages, as in the models people serve.
 DIMENSIONS: Final[dict[str, int]] = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
     "vocab_size": 16384,
-}  # fmt: skip
+}
 
 
 def _forget(directory: Path) -> None:
@@ -67,13 +71,23 @@ def main(argv: list[str] | None = None) -> int:
         limit = memcpy_gb_per_s()
         console.say(f"{nbytes / 2**30:.2f} GiB; limit: memcpy {limit:.1f} GB/s")
         config = Config(
-            url=stack.enter_context(coordinator(room)), model_name="bench", transport=args.transport, interface=args.interface,
-            verify="off" if args.no_verify else "on", attach=not args.no_attach,
-        )  # fmt: skip
+            url=stack.enter_context(coordinator(room)),
+            model_name="bench",
+            transport=args.transport,
+            interface=args.interface,
+            verify="off" if args.no_verify else "on",
+            attach=not args.no_attach,
+        )
         spec = RankSpec(
-            role="peer", instance="seed", rank=0, size=args.seed_tp, model_dir=str(directory), config=config,
-            rendezvous="", log_path="",
-        )  # fmt: skip
+            role="peer",
+            instance="seed",
+            rank=0,
+            size=args.seed_tp,
+            model_dir=str(directory),
+            config=config,
+            rendezvous="",
+            log_path="",
+        )
         seed = stack.enter_context(Instance(spec, room))
         seed.wait_for(Generated, START_S)
         target = replace(spec, size=args.target_tp, config=config.replace(source=False, fallback="fail"))
@@ -95,15 +109,25 @@ def main(argv: list[str] | None = None) -> int:
     phases = sorted({p for r in receipts for p in r.seconds})
     seconds = {p: round(statistics.median(r.seconds.get(p, 0.0) for r in receipts), 4) for p in phases}
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    print(json.dumps({
-        "bench": "load", "model_bytes": nbytes, "seed_tp": args.seed_tp, "target_tp": args.target_tp,
-        "attached_bytes": sum(r.attached_nbytes for r in receipts) // args.rounds,
-        "memcpy_gb_per_s": round(limit, 2),
-        "peerload_s": round(statistics.median(ours), 4), "engine_disk_s": round(statistics.median(theirs), 4),
-        "times_faster": round(statistics.median(ratios), 3), "phases_s": seconds,
-        "verify": not args.no_verify,
-        "attach": not args.no_attach, "cold": args.cold,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "bench": "load",
+                "model_bytes": nbytes,
+                "seed_tp": args.seed_tp,
+                "target_tp": args.target_tp,
+                "attached_bytes": sum(r.attached_nbytes for r in receipts) // args.rounds,
+                "memcpy_gb_per_s": round(limit, 2),
+                "peerload_s": round(statistics.median(ours), 4),
+                "engine_disk_s": round(statistics.median(theirs), 4),
+                "times_faster": round(statistics.median(ratios), 3),
+                "phases_s": seconds,
+                "verify": not args.no_verify,
+                "attach": not args.no_attach,
+                "cold": args.cold,
+            }
+        )
+    )
     return 0
 
 

@@ -123,24 +123,36 @@ def measure(name: str, runs: int) -> dict[str, object]:
             plan, (strided, by_runs), times = once(mine, offers)
             steps.append(times)
         plan_ms, strided_ms, runs_ms = (statistics.median(column) for column in zip(*steps, strict=True))
-        rows.append({
-            "rank": want.rank, "plan_ms": round(plan_ms, 1), "lower_strided_ms": round(strided_ms, 1),
-            "lower_runs_ms": round(runs_ms, 1), "total_ms": round(plan_ms + max(strided_ms, runs_ms), 1),
-            "decode_ms": round(statistics.median(decode_ms), 1), "copies": len(plan),
-            "operations_strided": strided.operations, "operations_runs": by_runs.operations,
-            "nbytes": plan.nbytes, "wire_strided": round(strided.wire_nbytes / plan.nbytes, 4),
-            "wire_runs": round(by_runs.wire_nbytes / plan.nbytes, 4),
-        })  # fmt: skip
+        rows.append(
+            {
+                "rank": want.rank,
+                "plan_ms": round(plan_ms, 1),
+                "lower_strided_ms": round(strided_ms, 1),
+                "lower_runs_ms": round(runs_ms, 1),
+                "total_ms": round(plan_ms + max(strided_ms, runs_ms), 1),
+                "decode_ms": round(statistics.median(decode_ms), 1),
+                "copies": len(plan),
+                "operations_strided": strided.operations,
+                "operations_runs": by_runs.operations,
+                "nbytes": plan.nbytes,
+                "wire_strided": round(strided.wire_nbytes / plan.nbytes, 4),
+                "wire_runs": round(by_runs.wire_nbytes / plan.nbytes, 4),
+            }
+        )
     worst = max(rows, key=lambda row: float(str(row["total_ms"])))
     offers, mine = decode(), fresh(wanted[0])
     tracemalloc.start()
     once(mine, offers)
     peak = tracemalloc.get_traced_memory()[1]
     return {
-        "case": name, "pieces_on_offer": sum(len(o.layout.pieces) for o in offers), **worst, "limit_ms": case.limit_ms,
+        "case": name,
+        "pieces_on_offer": sum(len(o.layout.pieces) for o in offers),
+        **worst,
+        "limit_ms": case.limit_ms,
         "met": None if case.limit_ms is None else bool(float(str(worst["total_ms"])) <= case.limit_ms),
-        "peak_mb": round(peak / 1e6, 1), "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
-    }  # fmt: skip
+        "peak_mb": round(peak / 1e6, 1),
+        "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
+    }
 
 
 def main() -> None:
@@ -161,9 +173,17 @@ def main() -> None:
         results.append(r)
         lowering = max(r["lower_strided_ms"], r["lower_runs_ms"])
         cells = (
-            r["plan_ms"], lowering, r["total_ms"], r["limit_ms"] or "-", r["copies"], r["operations_strided"],
-            r["operations_runs"], f"{r['wire_runs']:.3f}x", r["peak_mb"], r["process_peak_mb"],
-        )  # fmt: skip
+            r["plan_ms"],
+            lowering,
+            r["total_ms"],
+            r["limit_ms"] or "-",
+            r["copies"],
+            r["operations_strided"],
+            r["operations_runs"],
+            f"{r['wire_runs']:.3f}x",
+            r["peak_mb"],
+            r["process_peak_mb"],
+        )
         print(f"{name:48}" + "".join(f"{cell!s:>12}" for cell in cells), flush=True)
     print(json.dumps({"bench": "plan", "met": all(r["met"] is not False for r in results), "cases": results}))
 

@@ -28,9 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--listen", default="127.0.0.1:7070", metavar="HOST:PORT", help="default %(default)s; port 0 takes a free one"
     )
     parser.add_argument(
-        "--store", metavar="memory|sqlite:PATH", help="what survives a restart: memory forgets leases and votes; default "
+        "--store",
+        metavar="memory|sqlite:PATH",
+        help="what survives a restart: memory forgets leases and votes; default "
         "sqlite:$XDG_STATE_HOME/peerload/coordinator.db, where $XDG_STATE_HOME is ~/.local/state unless set",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -45,13 +45,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     story = tell(console, args.seed_tp, args.target_tp, args.model, config_of(args), args.new_tokens)
     console.document(
         {
-            "ok": story.equal, "model": story.model, "model_bytes": story.model_nbytes, "seed_tp": story.seed_tp,
-            "target_tp": story.target_tp, "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2),
-            "fresh_gb_per_s": round(story.fresh_gb_per_s, 2), "tokens_equal": story.tokens_equal,
-            "differing": story.differing, "disk_load_s": round(story.disk_s, 3), "wall_s": round(story.wall_s, 1),
-            "tokens": story.tokens, "ranks": [_rank(event) for event in story.target],
+            "ok": story.equal,
+            "model": story.model,
+            "model_bytes": story.model_nbytes,
+            "seed_tp": story.seed_tp,
+            "target_tp": story.target_tp,
+            "memcpy_gb_per_s": round(story.memcpy_gb_per_s, 2),
+            "fresh_gb_per_s": round(story.fresh_gb_per_s, 2),
+            "tokens_equal": story.tokens_equal,
+            "differing": story.differing,
+            "disk_load_s": round(story.disk_s, 3),
+            "wall_s": round(story.wall_s, 1),
+            "tokens": story.tokens,
+            "ranks": [_rank(event) for event in story.target],
         }
-    )  # fmt: skip
+    )
     show(console, story)
     if not story.equal:
         what = ", ".join(story.differing[:5]) or "tokens"

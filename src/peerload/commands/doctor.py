@@ -33,11 +33,13 @@ from .options import add_config, config_of
 
 #: Distributions that matter, what brings each one, and whether nothing works without it.
 PACKAGES = (
-    ("peerload", "", True), ("numpy", "", True), ("grpcio", "", True),
+    ("peerload", "", True),
+    ("numpy", "", True),
+    ("grpcio", "", True),
     ("torch", "pip install 'peerload[transformers]'", False),
     ("transformers", "pip install 'peerload[transformers]'", False),
     ("safetensors", "pip install 'peerload[transformers]'", False),
-)  # fmt: skip
+)
 NIXL_PACKAGES = ("nixl-cu13", "nixl-cu12", "nixl")
 #: Yama's settings, https://docs.kernel.org/admin-guide/LSM/Yama.html.
 PTRACE = {0: "same user", 1: "only who is permitted", 2: "administrators only", 3: "nobody"}
@@ -66,9 +68,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     transports = _transports()
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("packages", _packages), ("host", _host), ("shared memory", _shared_memory), ("devices", _devices),
+        ("packages", _packages),
+        ("host", _host),
+        ("shared memory", _shared_memory),
+        ("devices", _devices),
         ("open doors", lambda: _doors(config_of(args))),
-    ]  # fmt: skip
+    ]
     if not args.fast:
         checks.append(("memcpy", _memcpy))
     if args.url or args.config:
@@ -80,9 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     usable = [t.what.removeprefix("transport ") for t in transports if t.state == "ok"]
     everything = findings + transports
     todo = _next(everything, usable)
-    console.document(
-        {"ok": bool(usable), "transports": usable, "next_step": todo, "findings": [asdict(f) for f in everything]}
-    )  # fmt: skip
+    console.document({"ok": bool(usable), "transports": usable, "next_step": todo, "findings": [asdict(f) for f in everything]})
     console.table(
         f"peerload on {platform.node()}",
         ("what", "state", "finding", "for more"),

@@ -46,9 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", default="*", metavar="PATTERN", help="only parameters or tensors like this, as in '*.norm*'")
     parser.add_argument("--probe", action="store_true", help="load coded values into the real model and compare")
     parser.add_argument(
-        "--bits", type=int, choices=(2, 4, 8), default=None,
+        "--bits",
+        type=int,
+        choices=(2, 4, 8),
+        default=None,
         help="with --probe: follow packed numbers of so many bits, each by itself (for 4-bit weights)",
-    )  # fmt: skip
+    )
     add_parallel(parser)
 
 
@@ -89,10 +92,12 @@ class Verdict:
 
     def document(self) -> dict[str, object]:
         return {
-            "agreed": self.agreed, "differences": self.differences, "seconds": round(self.seconds, 4),
+            "agreed": self.agreed,
+            "differences": self.differences,
+            "seconds": round(self.seconds, 4),
             "post_processing": {name: {"kind": kind, "reason": why} for name, (kind, why) in self.changes.items()},
             "not_post_processed": self.unprocessed,
-        }  # fmt: skip
+        }
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -121,9 +126,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "\n".join([f"trace and probe differ in {len(differences)} places:", *told]),
             next_step="don't exchange weights of this model between layouts; please report it",
         )
-    console.document({
-        "model": str(args.model), "engine": engine.name, "version": engine.version, "parallel": str(parallel), "ranks": ranks,
-    })  # fmt: skip
+    console.document(
+        {
+            "model": str(args.model),
+            "engine": engine.name,
+            "version": engine.version,
+            "parallel": str(parallel),
+            "ranks": ranks,
+        }
+    )
     return 0
 
 
@@ -176,13 +187,22 @@ def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: 
 def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -> dict[str, object]:
     layout = answer.layout
     return {
-        "rank": layout.rank, "parameters": len(layout.buffer_names), "nbytes": int(layout.buffer_nbytes.sum()),
-        "pieces": len(layout.written), "constants": len(layout.constants), "opaque": len(layout.opaques),
-        "seconds": round(answer.seconds, 4), "cached": answer.cached, "regions": [r.document() for r in rows],
-        "derived": dict(answer.kept.derived), "made": answer.kept.made, "hidden": dict(answer.kept.hidden),
+        "rank": layout.rank,
+        "parameters": len(layout.buffer_names),
+        "nbytes": int(layout.buffer_nbytes.sum()),
+        "pieces": len(layout.written),
+        "constants": len(layout.constants),
+        "opaque": len(layout.opaques),
+        "seconds": round(answer.seconds, 4),
+        "cached": answer.cached,
+        "regions": [r.document() for r in rows],
+        "derived": dict(answer.kept.derived),
+        "made": answer.kept.made,
+        "hidden": dict(answer.kept.hidden),
         "aliases": dict(layout.aliases),
-        "ignored": dict(layout.ignored), **({"probe": verdict.document()} if verdict else {}),
-    }  # fmt: skip
+        "ignored": dict(layout.ignored),
+        **({"probe": verdict.document()} if verdict else {}),
+    }
 
 
 def _show(console: Console, title: str, answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -> None:

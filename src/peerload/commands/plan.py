@@ -86,28 +86,52 @@ class _Rank:
     def document(self) -> dict[str, object]:
         plan, lowered = self.plan, self.lowered
         return {
-            "rank": self.number, "needed_nbytes": plan.nbytes, "wire_nbytes": lowered.wire_nbytes, "copies": len(plan),
-            "operations": lowered.operations, "batches": len(lowered.steps), "staging_nbytes": lowered.staging_nbytes,
-            "layout_s": round(self.layout_s, 4), "plan_s": round(self.plan_s, 4), "lower_s": round(self.lower_s, 4),
+            "rank": self.number,
+            "needed_nbytes": plan.nbytes,
+            "wire_nbytes": lowered.wire_nbytes,
+            "copies": len(plan),
+            "operations": lowered.operations,
+            "batches": len(lowered.steps),
+            "staging_nbytes": lowered.staging_nbytes,
+            "layout_s": round(self.layout_s, 4),
+            "plan_s": round(self.plan_s, 4),
+            "lower_s": round(self.lower_s, 4),
             "from": {str(source): n for source, n in plan.bytes_by_source.items()},
             "refusals": [r._asdict() for r in plan.refusals],
-        }  # fmt: skip
+        }
 
     def row(self) -> tuple[object, ...]:
         plan, lowered = self.plan, self.lowered
         overhead = lowered.wire_nbytes / max(1, plan.nbytes)
         return (
-            self.number, _mb(plan.nbytes), _mb(lowered.wire_nbytes), f"{overhead:.3f}x", len(plan), lowered.operations,
-            len(lowered.steps), _mb(lowered.staging_nbytes), round(self.layout_s, 3), round(self.plan_s, 3),
+            self.number,
+            _mb(plan.nbytes),
+            _mb(lowered.wire_nbytes),
+            f"{overhead:.3f}x",
+            len(plan),
+            lowered.operations,
+            len(lowered.steps),
+            _mb(lowered.staging_nbytes),
+            round(self.layout_s, 3),
+            round(self.plan_s, 3),
             round(self.lower_s, 3),
-        )  # fmt: skip
+        )
 
 
 #: Titles of `_Rank.row`.
 COLUMNS = (
-    "rank", "needed MB", "wire MB", "wire/needed", "copies", "operations", "batches", "staging MB", "lay out s", "plan s",
+    "rank",
+    "needed MB",
+    "wire MB",
+    "wire/needed",
+    "copies",
+    "operations",
+    "batches",
+    "staging MB",
+    "lay out s",
+    "plan s",
     "lower s",
-)  # fmt: skip
+)
 
 
 @dataclass(slots=True)
@@ -154,12 +178,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.tensors and not copies:
         raise ConfigError(f"no tensor is like {args.tensors!r}", next_step=f"names look like {catalog.names[0]}")
     document: dict[str, object] = {
-        "model": str(args.model), "engine": args.engine, "tensors": len(catalog), "nbytes": catalog.nbytes,
-        "from": args.held, "to": str(ask.target),
-        "transport": ask.transport, "match": ask.config.match,
+        "model": str(args.model),
+        "engine": args.engine,
+        "tensors": len(catalog),
+        "nbytes": catalog.nbytes,
+        "from": args.held,
+        "to": str(ask.target),
+        "transport": ask.transport,
+        "match": ask.config.match,
         "sources": [{"source": str(o.source), "parallel": str(o.layout.parallel), "nbytes": o.layout.nbytes} for o in offers],
-        "seconds": {name: round(s, 4) for name, s in ask.seconds.items()}, "ranks": [rank.document() for rank in ranks],
-    }  # fmt: skip
+        "seconds": {name: round(s, 4) for name, s in ask.seconds.items()},
+        "ranks": [rank.document() for rank in ranks],
+    }
     if args.tensors:
         document["copies"] = copies
     console.document(document)
@@ -230,9 +260,12 @@ def _copies(plan: Plan, pattern: str) -> Iterator[dict[str, object]]:
         spec = catalog[int(tensors[row])]
         box = box_text(plan.start[row], plan.stop[row], len(spec.shape))
         yield {
-            "rank": plan.wants.layout.rank, "tensor": spec.name, "box": box,
-            "from": str(plan.offers[int(plan.offer[row])].source), "nbytes": int(plan.copy_nbytes[row]),
-        }  # fmt: skip
+            "rank": plan.wants.layout.rank,
+            "tensor": spec.name,
+            "box": box,
+            "from": str(plan.offers[int(plan.offer[row])].source),
+            "nbytes": int(plan.copy_nbytes[row]),
+        }
 
 
 def _show(console: Console, title: str, ask: _Ask, ranks: Sequence[_Rank], offers: Sequence[Offer]) -> None:

@@ -37,9 +37,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where to write rank-RRRRR-of-NNNNN.safetensors")
     add_parallel(parser)
     add_config(
-        parser, "url", "revision", "transport", "interface", "registration", "match", "verify", "wait_s", "deadline_s",
-        "staging_bytes", "threads",
-    )  # fmt: skip
+        parser,
+        "url",
+        "revision",
+        "transport",
+        "interface",
+        "registration",
+        "match",
+        "verify",
+        "wait_s",
+        "deadline_s",
+        "staging_bytes",
+        "threads",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -83,13 +93,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ("rank", "needed MB", "wire MB", "verified MB", "unproven MB", "operations", "GB/s", "seconds", "file"),
         [
             (
-                r.rank, f"{r.needed_nbytes / 1e6:.1f}", f"{r.wire_nbytes / 1e6:.1f}", f"{r.verified_nbytes / 1e6:.1f}",
-                f"{r.unverified_nbytes / 1e6:.1f}", r.operations,
-                f"{r.transfer_gb_per_s:.1f}", f"{r.wall_s:.2f}", str(path),
+                r.rank,
+                f"{r.needed_nbytes / 1e6:.1f}",
+                f"{r.wire_nbytes / 1e6:.1f}",
+                f"{r.verified_nbytes / 1e6:.1f}",
+                f"{r.unverified_nbytes / 1e6:.1f}",
+                r.operations,
+                f"{r.transfer_gb_per_s:.1f}",
+                f"{r.wall_s:.2f}",
+                str(path),
             )
             for r, path in zip(receipts, paths, strict=True)
         ],
-    )  # fmt: skip
+    )
     unproven = sum(r.unverified_nbytes for r in receipts)
     if unproven:
         why = "could not be proven by the ranks that were pulled" if config.verifies else "are not proven: verify is off"

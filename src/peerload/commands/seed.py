@@ -26,9 +26,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", default="", metavar="NAME", help="name of this instance (default: seed- and random digits)")
     add_parallel(parser)
     add_config(
-        parser, "url", "model_name", "revision", "transport", "interface", "registration", "match", "verify", "fallback",
-        "wait_s", "deadline_s", "threads",
-    )  # fmt: skip
+        parser,
+        "url",
+        "model_name",
+        "revision",
+        "transport",
+        "interface",
+        "registration",
+        "match",
+        "verify",
+        "fallback",
+        "wait_s",
+        "deadline_s",
+        "threads",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -62,11 +73,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for rank, receipt in ranks:
             stack.enter_context(
                 Seed(
-                    model, rank.layout, rank.address, coordinator=client, transports=serving, instance=instance,
-                    files=files.contents, attributes={"engine": "none"}, arena=rank.arena if config.attach else None,
-                    digests=config.verifies, proven=receipt.digests, threads=config.threads, on_ended=ended.put,
+                    model,
+                    rank.layout,
+                    rank.address,
+                    coordinator=client,
+                    transports=serving,
+                    instance=instance,
+                    files=files.contents,
+                    attributes={"engine": "none"},
+                    arena=rank.arena if config.attach else None,
+                    digests=config.verifies,
+                    proven=receipt.digests,
+                    threads=config.threads,
+                    on_ended=ended.put,
                 )
-            )  # fmt: skip
+            )
         held = sum(rank.layout.nbytes for rank, _ in ranks)
         try:
             console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")

@@ -136,9 +136,14 @@ class CoordinatorClient:
     # For seeds.
 
     def announce(
-        self, offer: Offer, model: ModelKey, *, files: Mapping[str, bytes] | None = None, ttl_s: float = 30.0,
+        self,
+        offer: Offer,
+        model: ModelKey,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        ttl_s: float = 30.0,
         deadline: Deadline | None = None,
-    ) -> Lease:  # fmt: skip
+    ) -> Lease:
         """Let targets find `offer` for `ttl_s` seconds; renew at a third of that. `files` (name -> content, at most
         1 MiB together) are for targets that have no copy of the model's configuration.
 
@@ -208,9 +213,13 @@ class CoordinatorClient:
             time.sleep(min(pause_s, deadline.remaining_s))  # the server was too busy to let us wait
 
     def _watch(
-        self, stub: pb_grpc.DirectoryStub, model: ModelKey, timeout_s: float, deadline: Deadline,
+        self,
+        stub: pb_grpc.DirectoryStub,
+        model: ModelKey,
+        timeout_s: float,
+        deadline: Deadline,
         enough: Callable[[list[Offer]], bool],
-    ) -> tuple[list[Offer], bool]:  # fmt: skip
+    ) -> tuple[list[Offer], bool]:
         """The offers when they were enough, or when the stream ended, and which of the two it was."""
         held: dict[tuple[str, int], Offer] = {}
         offers: list[Offer] | None = None
@@ -356,11 +365,19 @@ class CoordinatorClient:
         reply = self._retry(lambda stub, t: stub.Status(pb.StatusRequest(), timeout=t), deadline, "asking for its status")
         holdings = tuple(
             Holding(
-                codec.decode_model(h.model), codec.decode_source(h.source), codec.decode_parallel(h.parallel), h.nbytes,
-                h.pieces, tuple(h.transport), h.host, dict(h.attributes), h.layout, h.lease_left_s,
+                codec.decode_model(h.model),
+                codec.decode_source(h.source),
+                codec.decode_parallel(h.parallel),
+                h.nbytes,
+                h.pieces,
+                tuple(h.transport),
+                h.host,
+                dict(h.attributes),
+                h.layout,
+                h.lease_left_s,
             )
             for h in reply.holding
-        )  # fmt: skip
+        )
         rounds = {Round(o.group, o.round): tuple(o.missing) for o in reply.open_round}
         return Status(reply.version, reply.store, reply.uptime_s, reply.blobs, reply.blob_nbytes, holdings, rounds)
 
@@ -370,9 +387,13 @@ class CoordinatorClient:
         return Deadline.after(self._timeout_s) if deadline is None else deadline
 
     def _retry(
-        self, attempt: Callable[[pb_grpc.DirectoryStub, float], _Reply], deadline: Deadline, doing: str,
-        absent: type[CoordinatorError] = CoordinatorError, patience_s: float = math.inf,
-    ) -> _Reply:  # fmt: skip
+        self,
+        attempt: Callable[[pb_grpc.DirectoryStub, float], _Reply],
+        deadline: Deadline,
+        doing: str,
+        absent: type[CoordinatorError] = CoordinatorError,
+        patience_s: float = math.inf,
+    ) -> _Reply:
         """`attempt(stub, timeout_s)` until it succeeds, fails for another reason than an absent coordinator, or time is up.
         All calls are idempotent. `absent`: what NOT_FOUND means here. `patience_s`: when an attempt is given up for another."""
         pause_s, longest_s = _BACKOFF_S

@@ -245,26 +245,27 @@ def encode_layout(layout: Layout, catalog: str) -> Blob:
         buffer_name=layout.buffer_names,
         buffer_nbytes=_bytes_of(layout.buffer_nbytes),
         pieces=pb.Pieces(
-            width=p.start.shape[1], tensor=_bytes_of(p.tensor), start=_bytes_of(p.start), stop=_bytes_of(p.stop),
-            buffer=_bytes_of(p.buffer), offset=_bytes_of(p.offset), stride=_bytes_of(p.stride),
+            width=p.start.shape[1],
+            tensor=_bytes_of(p.tensor),
+            start=_bytes_of(p.start),
+            stop=_bytes_of(p.stop),
+            buffer=_bytes_of(p.buffer),
+            offset=_bytes_of(p.offset),
+            stride=_bytes_of(p.stride),
         ),
         constant=[
-            pb.Constant(
-                buffer=c.buffer, offset=c.offset, shape=_numbers(c.shape), stride=_numbers(c.strides), fill=c.fill
-            )
+            pb.Constant(buffer=c.buffer, offset=c.offset, shape=_numbers(c.shape), stride=_numbers(c.strides), fill=c.fill)
             for c in layout.constants
         ],
         opaque=[
-            pb.Opaque(
-                name=o.name, tag=o.tag, buffer=o.buffer, offset=o.offset, nbytes=o.nbytes, covers=o.covers, reason=o.reason
-            )
+            pb.Opaque(name=o.name, tag=o.tag, buffer=o.buffer, offset=o.offset, nbytes=o.nbytes, covers=o.covers, reason=o.reason)
             for o in layout.opaques
         ],
         alias=_pairs(layout.aliases),
         ignored=_pairs(layout.ignored),
         parallel=encode_parallel(layout.parallel),
         rank=_rank(layout.rank, "layout.rank"),
-    )  # fmt: skip
+    )
     return Blob.of(Kind.LAYOUT, message)
 
 

@@ -219,9 +219,11 @@ def _check(record: Record, ttl_s: float) -> None:
     if not low <= ttl_s <= high:
         raise ManifestError("ttl_s", f"is {ttl_s:g}, must be {low:g} to {high:g} seconds")
     for name, value, longest in (
-        ("model.name", record.model.name, 1024), ("model.revision", record.model.revision, 1024),
-        ("source.instance", record.source.instance, 256), ("source.generation", record.source.generation, 256),
-    ):  # fmt: skip
+        ("model.name", record.model.name, 1024),
+        ("model.revision", record.model.revision, 1024),
+        ("source.instance", record.source.instance, 256),
+        ("source.generation", record.source.generation, 256),
+    ):
         if len(value) > longest or (not value and name != "model.revision"):
             raise ManifestError(name, f"has {len(value)} characters, must have 1 to {longest}")
     if not 0 <= record.source.rank < MAX_RANKS:

@@ -85,17 +85,26 @@ def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTraine
 
     mine = stack.enter_context(
         replica(
-            spec.model_dir, Parallel(tp=spec.size), Member(spec.instance, spec.rank, spec.size, spec.rendezvous), spec.config,
-            attributes={"engine": f"transformers {transformers.__version__}"}, on_opened=on_opened, on_bytes=_reporter(link),
+            spec.model_dir,
+            Parallel(tp=spec.size),
+            Member(spec.instance, spec.rank, spec.size, spec.rendezvous),
+            spec.config,
+            attributes={"engine": f"transformers {transformers.__version__}"},
+            on_opened=on_opened,
+            on_bytes=_reporter(link),
         )
-    )  # fmt: skip
+    )
     _touch(mine.opened.model)
     link.send(
         Loaded(
-            engine_s=mine.engine_s, whole_s=time.perf_counter() - begun_s, receipt=mine.receipt, rss_before=before["rss"],
-            rss_peak=_peak_rss(), held_nbytes=mine.opened.layout.nbytes,
+            engine_s=mine.engine_s,
+            whole_s=time.perf_counter() - begun_s,
+            receipt=mine.receipt,
+            rss_before=before["rss"],
+            rss_peak=_peak_rss(),
+            held_nbytes=mine.opened.layout.nbytes,
         )
-    )  # fmt: skip
+    )
     return mine.opened.model
 
 

@@ -65,9 +65,18 @@ def replica(
         model = checkpoint.key(config.model_name, config.revision)
         with opened_transports(config) as transports:  # closed after the load: nothing of a seed stays open or mapped
             job = Job(
-                model, opened.layout, opened.address, regions(), member, {n: wrap(t) for n, t in transports.items()}, config,
-                coordinator=client, arena=arena, reserve=[checkpoint.offer()], on_bytes=on_bytes,
-            )  # fmt: skip
+                model,
+                opened.layout,
+                opened.address,
+                regions(),
+                member,
+                {n: wrap(t) for n, t in transports.items()},
+                config,
+                coordinator=client,
+                arena=arena,
+                reserve=[checkpoint.offer()],
+                on_bytes=on_bytes,
+            )
             receipt = load(job)
             opened.accept()
         seed = None
@@ -76,9 +85,18 @@ def replica(
             for transport in serving.values():
                 transport.register(regions())
             seed = Seed(
-                model, opened.layout, opened.address, coordinator=client, transports=serving, instance=member.instance,
-                files=opened.files.contents, attributes=attributes, arena=arena if config.attach else None,
-                digests=config.verifies, proven=receipt.digests, threads=config.threads,
-            )  # fmt: skip
+                model,
+                opened.layout,
+                opened.address,
+                coordinator=client,
+                transports=serving,
+                instance=member.instance,
+                files=opened.files.contents,
+                attributes=attributes,
+                arena=arena if config.attach else None,
+                digests=config.verifies,
+                proven=receipt.digests,
+                threads=config.threads,
+            )
             stack.enter_context(seed)
         yield Replica(opened, receipt, engine_s, seed)

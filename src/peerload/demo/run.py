@@ -80,9 +80,17 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         console.say(f"coordinator listens on {url}")
         config = config.replace(url=url, model_name=config.model_name or directory.resolve().name)
         spec = RankSpec(
-            role="peer", instance="seed", rank=0, size=seed_tp, model_dir=str(directory), config=config, rendezvous="",
-            log_path="", prompts=PROMPTS, new_tokens=new_tokens,
-        )  # fmt: skip
+            role="peer",
+            instance="seed",
+            rank=0,
+            size=seed_tp,
+            model_dir=str(directory),
+            config=config,
+            rendezvous="",
+            log_path="",
+            prompts=PROMPTS,
+            new_tokens=new_tokens,
+        )
         seed = stack.enter_context(_shown(console, spec, room, f"seed TP{seed_tp}: loads from disk, then offers its memory"))
         seed.wait_for(Generated, START_S)
         target_spec = dataclasses.replace(spec, instance="target", size=target_tp, config=config.replace(fallback="fail"))
@@ -93,11 +101,20 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         with _shown(console, disk_spec, room, f"baseline TP{target_tp}: the engine's own load from disk") as disk:
             disk_loaded, disk_said = disk.wait_for(Loaded, START_S), disk.wait_for(Generated, START_S)
     return Story(
-        model=directory.resolve().name, model_nbytes=nbytes, seed_tp=seed_tp, target_tp=target_tp, memcpy_gb_per_s=limit,
-        fresh_gb_per_s=fresh, target=target_loaded, disk_s=max(event.engine_s for event in disk_loaded),
-        differing=_differing(target_said, disk_said), tokens_equal=target_said[0].tokens == disk_said[0].tokens,
-        tokens=target_said[0].tokens, text=target_said[0].text, wall_s=time.perf_counter() - begun_s,
-    )  # fmt: skip
+        model=directory.resolve().name,
+        model_nbytes=nbytes,
+        seed_tp=seed_tp,
+        target_tp=target_tp,
+        memcpy_gb_per_s=limit,
+        fresh_gb_per_s=fresh,
+        target=target_loaded,
+        disk_s=max(event.engine_s for event in disk_loaded),
+        differing=_differing(target_said, disk_said),
+        tokens_equal=target_said[0].tokens == disk_said[0].tokens,
+        tokens=target_said[0].tokens,
+        text=target_said[0].text,
+        wall_s=time.perf_counter() - begun_s,
+    )
 
 
 @contextmanager

@@ -12,14 +12,20 @@ def show(console: Console, story: Story) -> None:
     limit = story.memcpy_gb_per_s
     rows = [
         (
-            receipt.rank, _mb(receipt.needed_nbytes), _mb(receipt.wire_nbytes), _mb(receipt.attached_nbytes),
-            f"{receipt.overhead:.3f}x", receipt.operations,
+            receipt.rank,
+            _mb(receipt.needed_nbytes),
+            _mb(receipt.wire_nbytes),
+            _mb(receipt.attached_nbytes),
+            f"{receipt.overhead:.3f}x",
+            receipt.operations,
             *(f"{1000 * receipt.seconds.get(phase, 0.0):.0f}" for phase in PHASES),
-            f"{receipt.transfer_gb_per_s:.1f}", f"{receipt.transfer_gb_per_s / limit:.0%}",
-            f"{receipt.verified_nbytes / receipt.needed_nbytes:.0%}", f"{event.extra_nbytes / 1e6:.0f}",
+            f"{receipt.transfer_gb_per_s:.1f}",
+            f"{receipt.transfer_gb_per_s / limit:.0%}",
+            f"{receipt.verified_nbytes / receipt.needed_nbytes:.0%}",
+            f"{event.extra_nbytes / 1e6:.0f}",
         )
         for receipt, event in zip(story.receipts, story.target, strict=True)
-    ]  # fmt: skip
+    ]
     columns = ("rank", "needed MB", "wire MB", "mapped MB", "wire/needed", "ops", *PHASES)
     console.table(
         f"target TP{story.target_tp} out of seed TP{story.seed_tp}: {story.model}, {story.model_nbytes / 1e6:.0f} MB",

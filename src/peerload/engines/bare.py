@@ -82,9 +82,18 @@ def bare_ranks(
                 on_bytes(number, done, wanted)
 
             job = Job(
-                model, rank.layout, rank.address, rank.regions(config.registration), replace(member, rank=number), opened, config,
-                coordinator=coordinator, arena=rank.arena if alone else None, reserve=reserve, on_bytes=report,
-            )  # fmt: skip
+                model,
+                rank.layout,
+                rank.address,
+                rank.regions(config.registration),
+                replace(member, rank=number),
+                opened,
+                config,
+                coordinator=coordinator,
+                arena=rank.arena if alone else None,
+                reserve=reserve,
+                on_bytes=report,
+            )
             return load(job)
 
         with ThreadPoolExecutor(len(ranks), "peerload-rank") as pool:

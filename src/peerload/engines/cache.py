@@ -145,16 +145,23 @@ def device_capability() -> str:
 def _encoded(key: LayoutKey, kept: Kept) -> str:
     layout, p = kept.layout, kept.layout.pieces
     head = {"format": FORMAT, "key": asdict(key)}
-    body = json.dumps({
-        "derived": dict(kept.derived), "made": kept.made, "hidden": dict(kept.hidden), "covers": dict(kept.covers),
-        "aliases": dict(layout.aliases), "ignored": dict(layout.ignored),
-        "parallel": asdict(layout.parallel), "rank": layout.rank,
-        "buffers": [layout.buffer_names, layout.buffer_nbytes.tolist()],
-        "tensors": [layout.catalog.names, layout.catalog.dtypes, layout.catalog.shapes],
-        "pieces": {name: getattr(p, name).tolist() for name in _COLUMNS},
-        "constants": [[c.buffer, c.offset, c.shape, c.strides, c.fill.hex()] for c in layout.constants],
-        "opaques": [[o.name, o.tag, o.buffer, o.offset, o.nbytes, o.covers, o.reason] for o in layout.opaques],
-    })  # fmt: skip
+    body = json.dumps(
+        {
+            "derived": dict(kept.derived),
+            "made": kept.made,
+            "hidden": dict(kept.hidden),
+            "covers": dict(kept.covers),
+            "aliases": dict(layout.aliases),
+            "ignored": dict(layout.ignored),
+            "parallel": asdict(layout.parallel),
+            "rank": layout.rank,
+            "buffers": [layout.buffer_names, layout.buffer_nbytes.tolist()],
+            "tensors": [layout.catalog.names, layout.catalog.dtypes, layout.catalog.shapes],
+            "pieces": {name: getattr(p, name).tolist() for name in _COLUMNS},
+            "constants": [[c.buffer, c.offset, c.shape, c.strides, c.fill.hex()] for c in layout.constants],
+            "opaques": [[o.name, o.tag, o.buffer, o.offset, o.nbytes, o.covers, o.reason] for o in layout.opaques],
+        }
+    )
     return json.dumps({**head, "sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
 
 
@@ -175,11 +182,17 @@ def _decoded(text: str, key: LayoutKey) -> Kept:
     columns = {name: np.array(found["pieces"][name], np.int64) for name in _COLUMNS}
     pieces = Pieces(**{n: c.reshape(rows, catalog.width) if n in ("start", "stop", "stride") else c for n, c in columns.items()})
     layout = Layout(
-        catalog, tuple(found["buffers"][0]), np.array(found["buffers"][1], np.int64), pieces,
+        catalog,
+        tuple(found["buffers"][0]),
+        np.array(found["buffers"][1], np.int64),
+        pieces,
         tuple(Constant(b, at, tuple(shape), tuple(step), bytes.fromhex(fill)) for b, at, shape, step, fill in found["constants"]),
         tuple(Opaque(n, tag, b, at, size, tuple(covers), why) for n, tag, b, at, size, covers, why in found["opaques"]),
-        found["aliases"], found["ignored"], Parallel(**found["parallel"]), found["rank"],
-    )  # fmt: skip
+        found["aliases"],
+        found["ignored"],
+        Parallel(**found["parallel"]),
+        found["rank"],
+    )
     return Kept(
         layout, found["derived"], tuple(found["made"]), found["hidden"], {n: tuple(c) for n, c in found["covers"].items()}
     )

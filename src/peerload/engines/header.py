@@ -77,7 +77,7 @@ def _parsed(header: bytes, where: str) -> dict[str, object]:
     try:
         rows = json.loads(
             header.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_int=_integer, parse_float=_float
-        )  # fmt: skip
+        )
         if b"\\u" in header:
             json.dumps(rows, ensure_ascii=False).encode()  # a lone surrogate can be written in JSON, but is no text
     except (ValueError, RecursionError) as error:

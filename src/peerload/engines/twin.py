@@ -35,9 +35,7 @@ def checked(
             raise ConfigError(f"engine argument {name} is set by peerload itself", next_step=ours[name])
         if name not in known:
             like = difflib.get_close_matches(name, known, 3)
-            raise ConfigError(
-                f"{engine} has no argument {name}", next_step=f"did you mean {' or '.join(like)}?" if like else ""
-            )  # fmt: skip
+            raise ConfigError(f"{engine} has no argument {name}", next_step=f"did you mean {' or '.join(like)}?" if like else "")
     return dict(arguments)
 
 

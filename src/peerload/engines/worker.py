@@ -186,11 +186,19 @@ class Worker:
         for transport in transports.values():
             transport.register(_regions(offered.memory, self._config))
         seed = Seed(
-            key, offered.layout, offered.address, coordinator=client, transports=transports,
-            instance=self._identity.instance, files=self._files(),
-            attributes={"engine": self._identity.engine}, space=loaded.space, digests=self._config.verifies,
-            proven=offered.proven, threads=self._config.threads,
-        )  # fmt: skip
+            key,
+            offered.layout,
+            offered.address,
+            coordinator=client,
+            transports=transports,
+            instance=self._identity.instance,
+            files=self._files(),
+            attributes={"engine": self._identity.engine},
+            space=loaded.space,
+            digests=self._config.verifies,
+            proven=offered.proven,
+            threads=self._config.threads,
+        )
         self._stack.enter_context(seed)
         self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
         return seed
@@ -227,7 +235,7 @@ class Worker:
                     f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
                     f"{said.decode(errors='replace')}",
                     next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
-                )  # fmt: skip
+                )
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -273,9 +281,15 @@ class Worker:
         layout = traced.layout
         self._say(
             "%s is %s, %d ranks, %s; %d parameters of a rank hold parts of %d checkpoint tensors, %d derived (traced in %.2f s)",
-            who.instance, who.engine, who.size, who.parallel, len(layout.buffer_names),
-            len(np.unique(layout.pieces.tensor)) - len(traced.derived), len(traced.derived), time.perf_counter() - begun_s,
-        )  # fmt: skip
+            who.instance,
+            who.engine,
+            who.size,
+            who.parallel,
+            len(layout.buffer_names),
+            len(np.unique(layout.pieces.tensor)) - len(traced.derived),
+            len(traced.derived),
+            time.perf_counter() - begun_s,
+        )
         return traced
 
     def _job(
@@ -299,12 +313,19 @@ class Worker:
                 self._finish(model)
 
         return Job(
-            key, traced.layout, address, _regions(tensors, config), Member(who.instance, who.rank, who.size, who.launch.number),
-            stack.enter_context(opened_transports(config, device)), config,
+            key,
+            traced.layout,
+            address,
+            _regions(tensors, config),
+            Member(who.instance, who.rank, who.size, who.launch.number),
+            stack.enter_context(opened_transports(config, device)),
+            config,
             coordinator=stack.enter_context(CoordinatorClient(config.url)),
             reserve=[checkpoint.offer()] if checkpoint else [],
-            derives=checkpoint is not None and config.fallback == "disk", on_bytes=_Progress(self._say), complete=complete,
-        )  # fmt: skip
+            derives=checkpoint is not None and config.fallback == "disk",
+            on_bytes=_Progress(self._say),
+            complete=complete,
+        )
 
     def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
@@ -312,8 +333,12 @@ class Worker:
         wanted = sorted({name for d in derived for name in d.covers})
         self._say(
             "no seed has %d derived tensors (%s: %s): %s makes them from %d checkpoint tensors on disk",
-            len(derived), derived[0].parameter, derived[0].reason, self._identity.engine, len(wanted),
-        )  # fmt: skip
+            len(derived),
+            derived[0].parameter,
+            derived[0].reason,
+            self._identity.engine,
+            len(wanted),
+        )
         self._load_weights(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
@@ -325,15 +350,23 @@ class Worker:
         for source, nbytes in sorted(found.items(), key=lambda item: -item[1]):
             self._say("%s from %s", readable(nbytes), source)
         self._say(
-            "rank %d: %s in %.2f s at %.2f GB/s, %.3fx of what it needs on the wire (%s)", receipt.rank,
-            readable(receipt.needed_nbytes), receipt.wall_s, receipt.transfer_gb_per_s, receipt.overhead,
+            "rank %d: %s in %.2f s at %.2f GB/s, %.3fx of what it needs on the wire (%s)",
+            receipt.rank,
+            readable(receipt.needed_nbytes),
+            receipt.wall_s,
+            receipt.transfer_gb_per_s,
+            receipt.overhead,
             ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in receipt.seconds.items() if seconds >= 0.005),
-        )  # fmt: skip
+        )
         more = "" if receipt.verified_nbytes == receipt.needed_nbytes else f" ({receipt.proof})"
         self._say(
-            "rank %d: %.1f %% of its bytes verified by the seeds' digests%s; %d of %d ranks have committed", receipt.rank,
-            100 * receipt.verified_nbytes / max(1, receipt.needed_nbytes), more, self._identity.size, self._identity.size,
-        )  # fmt: skip
+            "rank %d: %.1f %% of its bytes verified by the seeds' digests%s; %d of %d ranks have committed",
+            receipt.rank,
+            100 * receipt.verified_nbytes / max(1, receipt.needed_nbytes),
+            more,
+            self._identity.size,
+            self._identity.size,
+        )
 
     def _say(self, text: str, *values: object) -> None:
         """Rank 0 speaks for the instance; the others only to who debugs."""

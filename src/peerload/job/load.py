@@ -299,9 +299,14 @@ class _Run:
         """Our buffers and staging memory known to every transport, constants written."""
         job = self.job
         with Reader(
-            job.transports, job.config.staging_bytes, job.arena if job.config.attach else None, self.space,
-            reserve=job.reserve, stall_s=job.config.stall_s, keep_unfenced=job.config.verifies,
-        ) as reader:  # fmt: skip
+            job.transports,
+            job.config.staging_bytes,
+            job.arena if job.config.attach else None,
+            self.space,
+            reserve=job.reserve,
+            stall_s=job.config.stall_s,
+            keep_unfenced=job.config.verifies,
+        ) as reader:
             with self.phase("register"):
                 for transport in self.job.transports.values():
                     transport.register([*self.job.regions, *reader.regions()])
@@ -373,8 +378,10 @@ class _Run:
         if not self.failures:
             return error
         lost = "; ".join(f"{source} ({problem.problem})" for source, problem in self.failures.items())
-        return SourcesExhausted(f"rank {self.job.member.rank} lost {lost}, and nobody else can supply the rest\n{error.message}",
-                                next_step="start another seed, or allow fallback=disk")  # fmt: skip
+        return SourcesExhausted(
+            f"rank {self.job.member.rank} lost {lost}, and nobody else can supply the rest\n{error.message}",
+            next_step="start another seed, or allow fallback=disk",
+        )
 
     def _note(self, plan: Plan, outcome: Outcome) -> None:
         for source, error in outcome.failures.items():
@@ -409,9 +416,15 @@ class _Run:
             used = np.unique(ledger.rows.source)  # what was dropped came from nobody
             sources = tuple(ledger.sources[number] for number in used.tolist())
             mine = Measured(
-                catalog, np.full(len(rows), member.rank), self.job.layout.pieces.tensor[rows.piece], rows.start, rows.stop,
-                rows.digest, np.searchsorted(used, rows.source), sources,
-            )  # fmt: skip
+                catalog,
+                np.full(len(rows), member.rank),
+                self.job.layout.pieces.tensor[rows.piece],
+                rows.start,
+                rows.stop,
+                rows.digest,
+                np.searchsorted(used, rows.source),
+                sources,
+            )
             said = mine.encode()
         with self.phase("commit"):
             parts = self.group.tell(said)
@@ -567,13 +580,27 @@ class _Run:
         own = np.array([not source.generation for source in ledger.sources], np.bool_)[ledger.rows.source] & ~proven
         verified, checkpoint = int(ledger.nbytes[proven].sum()), int(ledger.nbytes[own].sum())
         return Receipt(
-            model=str(self.job.model), rank=rank, sources=ledger.read(), instance=self.everybody, needed_nbytes=needed,
-            wire_nbytes=self.wire_nbytes, operations=self.operations, attached_nbytes=self.attached_nbytes,
-            seconds=dict(self.seconds), wall_s=time.perf_counter() - self.begun_s, verify=config.verifies,
-            verified_nbytes=verified, checkpoint_nbytes=checkpoint, unverified_nbytes=needed - verified - checkpoint,
-            reread_nbytes=self.reread_nbytes, staging_nbytes=self.staging_nbytes, digest=verdict.digest,
-            digest_tensors=verdict.digest_tensors, left=tuple(sorted(self.left)), digests=ledger.digests(),
-        )  # fmt: skip
+            model=str(self.job.model),
+            rank=rank,
+            sources=ledger.read(),
+            instance=self.everybody,
+            needed_nbytes=needed,
+            wire_nbytes=self.wire_nbytes,
+            operations=self.operations,
+            attached_nbytes=self.attached_nbytes,
+            seconds=dict(self.seconds),
+            wall_s=time.perf_counter() - self.begun_s,
+            verify=config.verifies,
+            verified_nbytes=verified,
+            checkpoint_nbytes=checkpoint,
+            unverified_nbytes=needed - verified - checkpoint,
+            reread_nbytes=self.reread_nbytes,
+            staging_nbytes=self.staging_nbytes,
+            digest=verdict.digest,
+            digest_tensors=verdict.digest_tensors,
+            left=tuple(sorted(self.left)),
+            digests=ledger.digests(),
+        )
 
 
 def _of(layout: Layout, piece: IntArray, names: Collection[str]) -> BoolArray:

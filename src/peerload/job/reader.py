@@ -239,9 +239,10 @@ class Reader:
             raise SourceUnreachable(str(offer.source), "its generation is not 32 hexadecimal digits")
         if not offer.binding.fence_address and not self._keep_unfenced:
             raise SourceUnreachable(
-                str(offer.source), "it has no fence, and without verification nothing else shows that its weights stay",
+                str(offer.source),
+                "it has no fence, and without verification nothing else shows that its weights stay",
                 next_step="set verify to on",
-            )  # fmt: skip
+            )
 
     def _check_fence(self, transport: Transport, peer: str, offer: Offer, slot: int, deadline: Deadline) -> None:
         """Raise SourceStale unless the source's memory still carries the generation it announced."""

@@ -258,9 +258,13 @@ def fill(constant: Constant, address: IntArray) -> None:
     """Write a constant of a layout whose buffers begin at `address` [buffers]. The caller vouches for the addresses."""
     shape, strides = np.array(constant.shape, np.int64), np.array(constant.strides, np.int64)
     lib.peerload_fill(
-        int(address[constant.buffer]) + constant.offset, len(shape),
-        ffi.from_buffer("int64_t[]", shape), ffi.from_buffer("int64_t[]", strides), constant.fill, len(constant.fill),
-    )  # fmt: skip
+        int(address[constant.buffer]) + constant.offset,
+        len(shape),
+        ffi.from_buffer("int64_t[]", shape),
+        ffi.from_buffer("int64_t[]", strides),
+        constant.fill,
+        len(constant.fill),
+    )
 
 
 def _mapping(fd: int, nbytes: int) -> memoryview:

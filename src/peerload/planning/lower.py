@@ -121,11 +121,14 @@ def _strided(plan: Plan, address: IntArray, only: int | None) -> tuple[Batch, In
         extra = [
             (
                 plan.offers[o].binding.address[plan.offers[o].layout.opaques[k].buffer] + plan.offers[o].layout.opaques[k].offset,
-                address[layout.opaques[row].buffer] + layout.opaques[row].offset, layout.opaques[row].nbytes, o, -1 - i,
+                address[layout.opaques[row].buffer] + layout.opaques[row].offset,
+                layout.opaques[row].nbytes,
+                o,
+                -1 - i,
                 layout.opaques[row].buffer + here * plan.offers[o].layout.opaques[k].buffer,
             )
             for i, row, o, k in opaque
-        ]  # fmt: skip
+        ]
         s, d, n, o, w, b = (np.array(column, np.int64) for column in zip(*extra, strict=True))
         batch, offer_of, owner = _concat(batch, Batch.of_runs(s, d, n)), np.append(offer_of, o), np.append(owner, w)
         buffers = np.append(buffers, b)

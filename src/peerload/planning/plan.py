@@ -160,9 +160,10 @@ def make_plan(
             missing = "every offer was refused" if refusals else "nobody offers anything"
         raise PlanError(
             f"rank {wants.layout.rank} ({wants.layout.parallel}) can't be planned: {missing}",
-            holes=tuple(holes), refusals=tuple(refusals),
+            holes=tuple(holes),
+            refusals=tuple(refusals),
             next_step="start a seed that holds the missing tensors, allow fallback=disk, or see the refusals above",
-        )  # fmt: skip
+        )
     return Plan(
         wants, tuple(usable), chosen.want, chosen.offer, chosen.piece, chosen.start, chosen.stop, tuple(opaque), tuple(refusals)
     )
@@ -254,9 +255,14 @@ def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells
     met = (low < high).all(axis=1)
     want, at = want[met], at[met]
     return Cells(
-        want, which[at], piece[at], low[met], high[met],
-        tuple(tuple(h) for h in layouts.values()), tuple(tier for tier, _ in layouts),
-    )  # fmt: skip
+        want,
+        which[at],
+        piece[at],
+        low[met],
+        high[met],
+        tuple(tuple(h) for h in layouts.values()),
+        tuple(tier for tier, _ in layouts),
+    )
 
 
 def _match_opaques(wants: Wants, offers: Sequence[Offer]) -> tuple[list[tuple[int, int, int]], list[Hole]]:

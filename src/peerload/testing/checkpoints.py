@@ -20,26 +20,45 @@ Family = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 Size = Literal["tiny", "demo"]
 
 _CONFIG: Final = {
-    "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mixtral": "MixtralConfig",
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "mixtral": "MixtralConfig",
     "qwen3_moe": "Qwen3MoeConfig",
-}  # fmt: skip
+}
 #: Heads and vocabulary divide by 1, 2, 3, 4 (before 5.23 transformers insists); the intermediate size only by 1.
 _TINY: Final = {
-    "hidden_size": 96, "intermediate_size": 139, "num_hidden_layers": 2, "num_attention_heads": 24, "num_key_value_heads": 12,
-    "head_dim": 8, "vocab_size": 504, "max_position_embeddings": 256,
-}  # fmt: skip
+    "hidden_size": 96,
+    "intermediate_size": 139,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 12,
+    "head_dim": 8,
+    "vocab_size": 504,
+    "max_position_embeddings": 256,
+}
 #: About 350 MB in BF16.
 _DEMO: Final = {
-    "hidden_size": 1536, "intermediate_size": 4099, "num_hidden_layers": 5, "num_attention_heads": 24, "num_key_value_heads": 12,
-    "head_dim": 64, "vocab_size": 16416, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "hidden_size": 1536,
+    "intermediate_size": 4099,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "vocab_size": 16416,
+    "max_position_embeddings": 4096,
+}
 #: torch's grouped matrix product wants rows of a multiple of 16 bytes on every rank: 96 divides by 8 and by 1, 2, 3, 4.
 _EXPERTS: Final[dict[str, dict[str, Any]]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96},
     "qwen3_moe": {
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
     },
-}  # fmt: skip
+}
 
 
 def model_config(family: Family, size: Size = "tiny", **changes: object) -> dict[str, Any]:

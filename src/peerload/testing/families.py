@@ -135,12 +135,26 @@ def _decoder(s: Sizes, *layers: Iterable[TensorSpec], tied: bool = False, norms:
 def _config(s: Sizes, kind: str, architecture: str, **more: object) -> dict[str, object]:
     """A config.json with the keys that most architectures share."""
     return {
-        "architectures": [architecture], "model_type": kind, "torch_dtype": "bfloat16",
-        "hidden_size": s.hidden, "intermediate_size": s.inter, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
-        "num_key_value_heads": s.kv_heads, "head_dim": s.head, "vocab_size": s.vocab, "max_position_embeddings": 512,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **more,
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": kind,
+        "torch_dtype": "bfloat16",
+        "hidden_size": s.hidden,
+        "intermediate_size": s.inter,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head,
+        "vocab_size": s.vocab,
+        "max_position_embeddings": 512,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        **more,
+    }
 
 
 def llama(name: str, s: Sizes = _SMALL, *, quantization: str = "bf16", tied: bool = False) -> Family:
@@ -154,9 +168,17 @@ def llama(name: str, s: Sizes = _SMALL, *, quantization: str = "bf16", tied: boo
 def qwen3_moe(name: str, s: Sizes = _SMALL, *, quantization: str = "bf16") -> Family:
     quantize, asked = rules.quantizations(s, routed=True).get(quantization, (rules.bf16, None))
     config = _config(
-        s, "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=s.experts, num_experts_per_tok=2, moe_intermediate_size=s.wide,
-        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, **_asking(asked),
-    )  # fmt: skip
+        s,
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        num_experts=s.experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=s.wide,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        **_asking(asked),
+    )
     norms = list(rules.norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
     layers = [[*rules.attention(s, quantize), *norms, *rules.experts("mlp", s, quantize)] for _ in range(s.layers)]
     tensors = _half(config, _decoder(s, *layers).tensors())
@@ -202,33 +224,51 @@ def _dense(s: Sizes) -> Iterator[Family]:
 
 
 _CLASSES: Final = {
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
-}  # fmt: skip
+}
 
 
 def _older(s: Sizes) -> Iterator[Family]:
     """Architectures from before Llama, each with names of its own."""
     common = {"torch_dtype": "bfloat16", "vocab_size": s.vocab, "bos_token_id": 0, "eos_token_id": 1}
     config: dict[str, object] = {
-        **common, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": s.hidden, "n_layer": s.layers,
-        "n_head": s.heads, "n_positions": 512,
-    }  # fmt: skip
+        **common,
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": s.hidden,
+        "n_layer": s.layers,
+        "n_head": s.heads,
+        "n_positions": 512,
+    }
     layer = list(rules.norms(["ln_1", "ln_2"], s.hidden, bias=True))
     for name, rows, cols in (
-        ("attn.c_attn", s.hidden, 3 * s.hidden), ("attn.c_proj", s.hidden, s.hidden),
-        ("mlp.c_fc", s.hidden, 4 * s.hidden), ("mlp.c_proj", 4 * s.hidden, s.hidden),
-    ):  # fmt: skip
+        ("attn.c_attn", s.hidden, 3 * s.hidden),
+        ("attn.c_proj", s.hidden, s.hidden),
+        ("mlp.c_fc", s.hidden, 4 * s.hidden),
+        ("mlp.c_proj", 4 * s.hidden, s.hidden),
+    ):
         layer += [rules.tensor(f"{name}.weight", rows, cols), rules.tensor(f"{name}.bias", cols)]
     outside = [rules.tensor("transformer.wte.weight", s.vocab, s.hidden), rules.tensor("transformer.wpe.weight", 512, s.hidden)]
     outside += rules.norms(["transformer.ln_f"], s.hidden, bias=True)
     yield Family("gpt2", "GPT-2", config, _Shape([layer] * s.layers, outside, "transformer.h").tensors(), kv_heads=s.heads)
 
     config = {
-        **common, "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": s.hidden, "ffn_dim": s.inter,
-        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "word_embed_proj_dim": s.hidden,
-        "max_position_embeddings": 512, "pad_token_id": 1, "do_layer_norm_before": True,
-    }  # fmt: skip
+        **common,
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": s.hidden,
+        "ffn_dim": s.inter,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "word_embed_proj_dim": s.hidden,
+        "max_position_embeddings": 512,
+        "pad_token_id": 1,
+        "do_layer_norm_before": True,
+    }
     layer = [t for x in ("q", "k", "v", "out") for t in rules.biased(f"self_attn.{x}_proj", s.hidden, s.hidden)]
     layer += [*rules.biased("fc1", s.inter, s.hidden), *rules.biased("fc2", s.hidden, s.inter)]
     layer += rules.norms(["self_attn_layer_norm", "final_layer_norm"], s.hidden, bias=True)
@@ -238,10 +278,16 @@ def _older(s: Sizes) -> Iterator[Family]:
     yield Family("opt", "OPT", config, _Shape([layer] * s.layers, outside, "model.decoder.layers").tensors(), kv_heads=s.heads)
 
     config = {
-        **common, "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_size": s.hidden,
-        "intermediate_size": s.inter, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
-        "max_position_embeddings": 512, "tie_word_embeddings": False,
-    }  # fmt: skip
+        **common,
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_size": s.hidden,
+        "intermediate_size": s.inter,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
     layer = [
         *rules.biased("attention.query_key_value", 3 * s.hidden, s.hidden),
         *rules.biased("attention.dense", s.hidden, s.hidden),
@@ -254,10 +300,19 @@ def _older(s: Sizes) -> Iterator[Family]:
     yield Family("gpt-neox", "GPT-NeoX", config, tensors, kv_heads=s.heads)
 
     config = {
-        **common, "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": s.hidden,
-        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_kv_heads": s.kv_heads,
-        "new_decoder_architecture": True, "bias": False, "parallel_attn": True, "multi_query": True, "alibi": False,
-    }  # fmt: skip
+        **common,
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "hidden_size": s.hidden,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "num_kv_heads": s.kv_heads,
+        "new_decoder_architecture": True,
+        "bias": False,
+        "parallel_attn": True,
+        "multi_query": True,
+        "alibi": False,
+    }
     layer = [*rules.bf16("self_attention.query_key_value", (s.heads + 2 * s.kv_heads) * s.head, s.hidden)]
     layer += rules.bf16("self_attention.dense", s.hidden, s.hidden)
     layer += [
@@ -289,9 +344,16 @@ def _sparse(s: Sizes) -> Iterator[Family]:
     shared = [*rules.mlp("mlp.shared_expert", s, 256, rules.bf16), *rules.bf16("mlp.shared_expert_gate", 1, s.hidden)]
     experts = list(rules.experts("mlp", s, rules.bf16))
     config = _config(
-        s, "qwen2_moe", "Qwen2MoeForCausalLM", **counts, moe_intermediate_size=s.wide, shared_expert_intermediate_size=256,
-        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=False,
-    )  # fmt: skip
+        s,
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        **counts,
+        moe_intermediate_size=s.wide,
+        shared_expert_intermediate_size=256,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=False,
+    )
     layer = [*rules.attention(s, rules.bf16, qkv=rules.biased), *experts, *shared]
     yield family("qwen2-moe", "Qwen2-MoE", config, *[layer] * s.layers)
 
@@ -302,11 +364,23 @@ def _sparse(s: Sizes) -> Iterator[Family]:
 
     half = replace(s, experts=4)
     config = _config(
-        half, "qwen3_next", "Qwen3NextForCausalLM", **{**counts, "num_experts": 4}, moe_intermediate_size=s.wide,
-        shared_expert_intermediate_size=s.wide, linear_num_value_heads=s.heads, linear_num_key_heads=s.heads // 2,
-        linear_key_head_dim=s.head, linear_value_head_dim=s.head, linear_conv_kernel_dim=4, decoder_sparse_step=1,
-        mlp_only_layers=[], norm_topk_prob=True, partial_rotary_factor=0.25, layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
+        half,
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        **{**counts, "num_experts": 4},
+        moe_intermediate_size=s.wide,
+        shared_expert_intermediate_size=s.wide,
+        linear_num_value_heads=s.heads,
+        linear_num_key_heads=s.heads // 2,
+        linear_key_head_dim=s.head,
+        linear_value_head_dim=s.head,
+        linear_conv_kernel_dim=4,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        partial_rotary_factor=0.25,
+        layer_types=["linear_attention", "full_attention"],
+    )
     norms = list(rules.norms(["self_attn.q_norm", "self_attn.k_norm"], s.head))
     moe = [*rules.experts("mlp", half, rules.bf16), *rules.mlp("mlp.shared_expert", s, s.wide, rules.bf16)]
     moe += rules.bf16("mlp.shared_expert_gate", 1, s.hidden)
@@ -318,27 +392,47 @@ def _sparse(s: Sizes) -> Iterator[Family]:
 def _shared_experts(s: Sizes) -> Iterator[Family]:
     """DeepSeek and those after it: the first layer dense, then routed and shared experts."""
     routed = {
-        "moe_intermediate_size": s.wide, "n_routed_experts": s.experts, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
-    }  # fmt: skip
+        "moe_intermediate_size": s.wide,
+        "n_routed_experts": s.experts,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    }
     latent = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_layer_freq": 1}
     mlp = list(rules.mlp("mlp", s, s.inter, rules.bf16))
     moe = [*rules.experts("mlp", s, rules.bf16), *rules.mlp("mlp.shared_experts", s, s.wide, rules.bf16)]
     all_heads = replace(s, kv_heads=s.heads)
 
     config = _config(
-        all_heads, "deepseek_v2", "DeepseekV2ForCausalLM", **routed, **latent, q_lora_rank=None, topk_method="greedy",
-        scoring_func="softmax", norm_topk_prob=False,
-    )  # fmt: skip
+        all_heads,
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        **routed,
+        **latent,
+        q_lora_rank=None,
+        topk_method="greedy",
+        scoring_func="softmax",
+        norm_topk_prob=False,
+    )
     del config["head_dim"]
     attention = list(rules.latent_attention(s))
     tensors = _decoder(s, [*attention, *mlp], [*attention, *moe]).tensors()
     yield Family("deepseek-v2", "DeepSeek-V2", config, tensors, experts=s.experts, kv_heads=s.heads)
 
     config = _config(
-        all_heads, "deepseek_v3", "DeepseekV3ForCausalLM", **routed, **latent, q_lora_rank=64, topk_method="noaux_tc",
-        scoring_func="sigmoid", norm_topk_prob=True,
-    )  # fmt: skip
+        all_heads,
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        **routed,
+        **latent,
+        q_lora_rank=64,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+    )
     del config["head_dim"]
     attention = list(rules.latent_attention(s, q_lora=64))
     correction = [rules.tensor("mlp.gate.e_score_correction_bias", s.experts)]
@@ -356,9 +450,15 @@ def _stacked(s: Sizes) -> Iterator[Family]:
     """Architectures whose checkpoints hold all experts of a layer in one tensor."""
     s = replace(s, experts=4, wide=512)
     config = _config(
-        s, "gpt_oss", "GptOssForCausalLM", num_local_experts=s.experts, num_experts_per_tok=2, sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"], attention_bias=True,
-    )  # fmt: skip
+        s,
+        "gpt_oss",
+        "GptOssForCausalLM",
+        num_local_experts=s.experts,
+        num_experts_per_tok=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        attention_bias=True,
+    )
     layer = [
         *rules.attention(s, rules.biased),
         rules.tensor("self_attn.sinks", s.heads),
@@ -371,9 +471,15 @@ def _stacked(s: Sizes) -> Iterator[Family]:
     yield Family("gpt-oss", "gpt-oss", config, tensors, experts=s.experts, kv_heads=s.kv_heads)
 
     config = _config(
-        s, "llama4_text", "Llama4ForCausalLM", num_local_experts=s.experts, num_experts_per_tok=1,
-        intermediate_size_mlp=s.inter, interleave_moe_layer_step=1, use_qk_norm=False,
-    )  # fmt: skip
+        s,
+        "llama4_text",
+        "Llama4ForCausalLM",
+        num_local_experts=s.experts,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=s.inter,
+        interleave_moe_layer_step=1,
+        use_qk_norm=False,
+    )
     layer = [*rules.attention(s, rules.bf16), *rules.bf16("feed_forward.router", s.experts, s.hidden)]
     layer += [
         *rules.mlp("feed_forward.shared_expert", s, s.inter, rules.bf16),

@@ -144,10 +144,18 @@ def load_ranks(
             client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
             transports = {n: wrap(rank, stack.enter_context(closing(t))) for n, t in open_transports(life.config).items()}
             job = Job(
-                life.key, bare.layout, bare.address, bare.regions(life.config.registration),
-                Member(life.instance, rank, size or life.size, life.launch), transports, life.config, coordinator=client,
-                arena=bare.arena, reserve=reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
-            )  # fmt: skip
+                life.key,
+                bare.layout,
+                bare.address,
+                bare.regions(life.config.registration),
+                Member(life.instance, rank, size or life.size, life.launch),
+                transports,
+                life.config,
+                coordinator=client,
+                arena=bare.arena,
+                reserve=reserve,
+                on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
+            )
             receipt, error = None, None
             try:
                 receipt = load(job)
@@ -246,9 +254,17 @@ def _serve(life: Life, link: Connection) -> None:
                 transport.register(regions_for(placed, life.config.registration))
             _write(life, made, views, life.version)
             seed = Seed(
-                life.key, made, address, coordinator=client, transports=transports, instance=life.instance,
-                arena=arena if life.config.attach else None, digests=life.digests, threads=1, ttl_s=life.ttl_s,
-            )  # fmt: skip
+                life.key,
+                made,
+                address,
+                coordinator=client,
+                transports=transports,
+                instance=life.instance,
+                arena=arena if life.config.attach else None,
+                digests=life.digests,
+                threads=1,
+                ttl_s=life.ttl_s,
+            )
             seeds.append((leaving.enter_context(seed), views))
         link.send("ready")
         version = life.version
@@ -331,7 +347,10 @@ def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
             time.sleep(60)
 
     results = load_ranks(life, on_bytes=on_bytes, size=size)
-    link.send([
-        (r.rank, r.receipt and r.receipt.to_dict(), r.error and (type(r.error).__name__, str(r.error)), r.wrong) for r in results
-    ])  # fmt: skip
+    link.send(
+        [
+            (r.rank, r.receipt and r.receipt.to_dict(), r.error and (type(r.error).__name__, str(r.error)), r.wrong)
+            for r in results
+        ]
+    )
     _order(link)

@@ -77,9 +77,11 @@ def _compressed(kind: str, routed: bool) -> dict[str, object]:
         "input_activations": {**common, "strategy": "token", "dynamic": True},
     }
     return {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "config_groups": {"group_0": group},
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head", *(["re:.*mlp.gate$"] if routed else [])],
-    }  # fmt: skip
+    }
 
 
 def quantizations(s: Sizes, *, routed: bool) -> dict[str, tuple[Quantize, dict[str, object]]]:

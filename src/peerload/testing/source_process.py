@@ -53,8 +53,12 @@ class SourceProcess:
         self, transport: str, nbytes: Sequence[int], *, memory: str = "memfd", registration: str = "arena", random: bool = True
     ) -> None:
         self._order = {
-            "transport": transport, "nbytes": list(nbytes), "memory": memory, "registration": registration, "random": random,
-        }  # fmt: skip
+            "transport": transport,
+            "nbytes": list(nbytes),
+            "memory": memory,
+            "registration": registration,
+            "random": random,
+        }
         self.nbytes = list(nbytes)
 
     def __enter__(self) -> SourceProcess:

@@ -203,9 +203,13 @@ class TransportConformance(abc.ABC):
     def test_negative_steps(self) -> None:
         with self.scene() as scene:
             batch = strided(
-                scene.source.address[0] + 4_000_000, scene.here + 2_000_000, 100, [50, 60],
-                [-60_000, 300], [7_000, -110],
-            )  # fmt: skip
+                scene.source.address[0] + 4_000_000,
+                scene.here + 2_000_000,
+                100,
+                [50, 60],
+                [-60_000, 300],
+                [7_000, -110],
+            )
             self.check(scene, batch)
 
     @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 3])
@@ -213,9 +217,13 @@ class TransportConformance(abc.ABC):
         rows, columns = 150, 211
         with self.scene() as scene:
             batch = strided(
-                scene.source.address[0], scene.here, itemsize, [columns, rows],
-                [itemsize, columns * itemsize], [rows * itemsize, itemsize],
-            )  # fmt: skip
+                scene.source.address[0],
+                scene.here,
+                itemsize,
+                [columns, rows],
+                [itemsize, columns * itemsize],
+                [rows * itemsize, itemsize],
+            )
             self.check(scene, batch)
 
     def test_elements_with_gaps_on_both_sides(self) -> None:

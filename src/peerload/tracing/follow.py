@@ -47,10 +47,18 @@ MOVED: Final = Taint(frozenset(), "the engine's own values, from elsewhere")
 
 #: Operations that look at a tensor's shape, dtype or storage only, by the constant that they fill their result with.
 _FACTORIES: Final[Mapping[str, object]] = {
-    "aten::empty_like": None, "aten::new_empty": None, "aten::new_empty_strided": None, "aten::empty": None,
-    "aten::empty_strided": None, "aten::new_zeros": 0, "aten::zeros_like": 0, "aten::zeros": 0,
-    "aten::new_ones": 1, "aten::ones_like": 1, "aten::ones": 1,
-}  # fmt: skip
+    "aten::empty_like": None,
+    "aten::new_empty": None,
+    "aten::new_empty_strided": None,
+    "aten::empty": None,
+    "aten::empty_strided": None,
+    "aten::new_zeros": 0,
+    "aten::zeros_like": 0,
+    "aten::zeros": 0,
+    "aten::new_ones": 1,
+    "aten::ones_like": 1,
+    "aten::ones": 1,
+}
 _FULL: Final[Mapping[str, int]] = {"aten::full": 1, "aten::full_like": 1, "aten::new_full": 2}
 _SHAPE_QUESTIONS: Final = frozenset(("aten::is_same_size", "aten::size", "aten::sym_size", "aten::stride", "aten::numel"))
 
@@ -208,8 +216,10 @@ class Follower(Recorder):
         taint = Taint(self.covers(tracked), f"{name} of {self.named(tracked)}" + (f": {why}" if why else ""))
         flat, spec = tree_flatten((args, dict(kwargs)))
         shadows: dict[int, Tensor] = {id(t): _shadow(t) for t in tensors}
-        flat = [shadows.get(id(x), x) if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x
-                for x in flat]  # fmt: skip
+        flat = [
+            shadows.get(id(x), x) if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x
+            for x in flat
+        ]
         meta_args, meta_kwargs = tree_unflatten(flat, spec)
         try:
             out = func(*meta_args, **meta_kwargs)

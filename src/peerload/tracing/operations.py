@@ -217,8 +217,18 @@ def fresh(follower: Follower, shape: Sequence[int], dtype: torch.dtype, label: s
 
 #: By operation, functions of (follower, *arguments).
 MOVES: Final[Mapping[str, Callable[..., Tensor | None]]] = {
-    "aten::clone": _clone, "aten::_to_copy": _to_copy, "aten::cat": _cat, "aten::stack": _stack,
-    "aten::index_select": _index_select, "aten::index": _index, "aten::index_put_": _index_put,
-    "aten::index_copy_": _index_copy, "aten::flip": _flip, "aten::roll": _roll, "aten::repeat": _repeat,
-    "aten::constant_pad_nd": _pad, "aten::slice_scatter": _slice_scatter, "aten::select_scatter": _select_scatter,
-}  # fmt: skip
+    "aten::clone": _clone,
+    "aten::_to_copy": _to_copy,
+    "aten::cat": _cat,
+    "aten::stack": _stack,
+    "aten::index_select": _index_select,
+    "aten::index": _index,
+    "aten::index_put_": _index_put,
+    "aten::index_copy_": _index_copy,
+    "aten::flip": _flip,
+    "aten::roll": _roll,
+    "aten::repeat": _repeat,
+    "aten::constant_pad_nd": _pad,
+    "aten::slice_scatter": _slice_scatter,
+    "aten::select_scatter": _select_scatter,
+}

@@ -17,10 +17,27 @@ from ..errors import LayoutError
 MOST_OBJECTS: Final = 2_000_000
 
 #: Exact types that hold no tensor.
-_PLAIN: Final = frozenset((
-    str, bytes, bytearray, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.Generator,
-    types.BuiltinFunctionType, types.ModuleType, type, range, slice,
-))  # fmt: skip
+_PLAIN: Final = frozenset(
+    (
+        str,
+        bytes,
+        bytearray,
+        int,
+        float,
+        complex,
+        bool,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        torch.Generator,
+        types.BuiltinFunctionType,
+        types.ModuleType,
+        type,
+        range,
+        slice,
+    )
+)
 _OF_MODULE: Final = ("_parameters", "_buffers", "_modules")
 
 

@@ -32,22 +32,43 @@ from .views import Inexpressible, View
 Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 #: torch dtype by safetensors name.
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64, "I64": torch.int64,
-    "F64": torch.float64,
-})  # fmt: skip
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "U16": torch.uint16,
+        "I16": torch.int16,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "U32": torch.uint32,
+        "I32": torch.int32,
+        "F32": torch.float32,
+        "U64": torch.uint64,
+        "I64": torch.int64,
+        "F64": torch.float64,
+    }
+)
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 #: Operations that look at a tensor's shape and dtype only.
 _SHAPE_ONLY: Final = frozenset(
     f"aten::{name}"
     for name in (
-        "empty_like", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zeros_like",
+        "ones_like",
         "full_like",
     )
-)  # fmt: skip
+)
 
 
 def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -295,9 +316,16 @@ def layout_of(
             pieces += [Piece(catalog.row[n], Box(held.start, stop), buffer, offset, strides) for n in names]
     nbytes = [parameters[name].numel() * parameters[name].element_size() for name in explained]
     return Layout(
-        catalog, tuple(explained), np.array(nbytes, np.int64), Pieces.of(pieces, catalog.width), tuple(constants),
-        aliases=aliases, ignored=ignored, parallel=parallel, rank=rank,
-    )  # fmt: skip
+        catalog,
+        tuple(explained),
+        np.array(nbytes, np.int64),
+        Pieces.of(pieces, catalog.width),
+        tuple(constants),
+        aliases=aliases,
+        ignored=ignored,
+        parallel=parallel,
+        rank=rank,
+    )
 
 
 def _explained(recorder: Recorder, name: str, tensor: Tensor) -> list[Held]:

@@ -109,8 +109,16 @@ def _run(
         with follower:
             load_weights(checkpoint())
     except (
-        RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, OSError, ImportError,
-    ) as error:  # fmt: skip
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+        ArithmeticError,
+        OSError,
+        ImportError,
+    ) as error:
         if follower.refusals:
             raise follower.refusals[0] from error
         raise _failed(follower, reading, error) from error
@@ -292,9 +300,15 @@ class _Describe:
         catalog = Catalog.of([*self.catalog, *self.specs.values()]) if self.specs else self.catalog
         nbytes = np.array([t.numel() * t.element_size() for t in kept.values()], np.int64)
         layout = Layout(
-            catalog, tuple(kept), nbytes, self._columns(catalog), tuple(self.constants),
-            ignored=ignored, parallel=self.parallel, rank=self.rank,
-        )  # fmt: skip
+            catalog,
+            tuple(kept),
+            nbytes,
+            self._columns(catalog),
+            tuple(self.constants),
+            ignored=ignored,
+            parallel=self.parallel,
+            rank=self.rank,
+        )
         layout.prove_cover()
         return layout
 

@@ -149,9 +149,12 @@ def _spread(box: _Digits, radices: tuple[int, ...], dim: int, level: int, size: 
     for row, count, digit, digits in rows:
         first = _replace(box.first, dim, box.first[dim] + step * (row * room + digit - low))
         part = _Digits(
-            _replace(box.low, level, digit), _replace(box.size, level, digits),
-            _replace(box.dim, level, dim), _replace(box.step, level, step), first,
-        )  # fmt: skip
+            _replace(box.low, level, digit),
+            _replace(box.size, level, digits),
+            _replace(box.dim, level, dim),
+            _replace(box.step, level, step),
+            first,
+        )
         yield from _spread(_carry(part, radices, level - 1, row), radices, dim, level - 1, count, step * room)
 
 
@@ -188,9 +191,7 @@ def overlap(a: View, b: View) -> list[Cell]:
         if common is None:
             continue
         p, q = x.narrowed(*common), y.narrowed(*common)
-        levels = tuple(
-            Level(n, p.dim[i], p.step[i], q.dim[i], q.step[i]) for i, n in enumerate(common[1]) if n > 1
-        )  # fmt: skip
+        levels = tuple(Level(n, p.dim[i], p.step[i], q.dim[i], q.step[i]) for i, n in enumerate(common[1]) if n > 1)
         cells.append(Cell(p.first, q.first, levels))
     return cells
 

@@ -36,9 +36,10 @@ class Liveness:
             self._connection = Connection(told.socket, told.token, deadline)
         except OSError as error:
             raise SourceUnreachable(
-                source, f"its socket does not answer ({error.strerror or error})",
+                source,
+                f"its socket does not answer ({error.strerror or error})",
                 next_step="both processes need the same network namespace (hostNetwork) unless the seed has ended",
-            ) from error  # fmt: skip
+            ) from error
         try:
             self.files = self._connection.receive(wanted)
             self._identify(told)

@@ -126,13 +126,23 @@ class CudaIpcTransport:
             if not blocks or not blocks[-1].contains(region.address, region.nbytes):
                 blocks.append(self._block_of(region))
             of.append(len(blocks) - 1)
-        return encode(Description(
-            host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
-            socket=self._handover.address, token=self._handover.token, gpu=uuid(self._device.number),
-            address=[r.address for r in rows], nbytes=[r.nbytes for r in rows], block=of,
-            base=[b.address for b in blocks], size=[b.nbytes for b in blocks],
-            handle=[self._exported(b) for b in blocks],
-        ))  # fmt: skip
+        return encode(
+            Description(
+                host=boot_id(),
+                pid_namespace=pid_namespace(),
+                pid=os.getpid(),
+                start_time=start_time(os.getpid()),
+                socket=self._handover.address,
+                token=self._handover.token,
+                gpu=uuid(self._device.number),
+                address=[r.address for r in rows],
+                nbytes=[r.nbytes for r in rows],
+                block=of,
+                base=[b.address for b in blocks],
+                size=[b.nbytes for b in blocks],
+                handle=[self._exported(b) for b in blocks],
+            )
+        )
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         told = decode(Description, description, source)
@@ -247,8 +257,10 @@ class CudaIpcTransport:
         try:
             return self._device.export(block.address).hex()
         except DriverError as error:
-            raise HostError(f"{block.nbytes} bytes at {block.address:#x} on {self._device.name} can't be shared: {error.message}",
-                            next_step=_EXPORTABLE) from error  # fmt: skip
+            raise HostError(
+                f"{block.nbytes} bytes at {block.address:#x} on {self._device.name} can't be shared: {error.message}",
+                next_step=_EXPORTABLE,
+            ) from error
 
     def _check_open(self) -> None:
         if self._closed:
@@ -289,9 +301,10 @@ class _Peer:
             address = device.open(bytes.fromhex(handle))
         except DriverError as error:
             raise SourceUnreachable(
-                self.source, f"its memory on cuda:{number} can't be mapped into {device.name}: {error.message}",
+                self.source,
+                f"its memory on cuda:{number} can't be mapped into {device.name}: {error.message}",
                 next_step="run `peerload doctor` on this host; containers have to share the IPC and process namespaces",
-            ) from error  # fmt: skip
+            ) from error
         stack.callback(device.shut, address)
         mapped = device.block(address)
         if not mapped.contains(address, nbytes):  # a read beyond it would end this process's context
@@ -310,11 +323,13 @@ def _owner(told: Description, source: str, device: Device) -> int:
         if uuid(number) == told.gpu:
             if not reaches(device.number, number):
                 raise SourceUnreachable(
-                    source, f"its memory is on cuda:{number}, which {device.name} can't read directly",
+                    source,
+                    f"its memory is on cuda:{number}, which {device.name} can't read directly",
                     next_step="see `nvidia-smi topo -p2p r`; virtual machines may have peer access switched off",
-                )  # fmt: skip
+                )
             return number
     raise SourceUnreachable(
-        source, f"its GPU {told.gpu} isn't among the {here} that this process sees",
+        source,
+        f"its GPU {told.gpu} isn't among the {here} that this process sees",
         next_step="let both processes see both GPUs (CUDA_VISIBLE_DEVICES), each its own one first",
-    )  # fmt: skip
+    )

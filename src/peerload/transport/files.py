@@ -56,8 +56,10 @@ class FileSet:
             at += -(-(file.st_size + 1) // GAP_NBYTES) * GAP_NBYTES
         return cls(
             tuple(str(each.resolve()) for each in paths),
-            tuple(file.st_size for file in found), tuple(file.st_mtime_ns for file in found), tuple(base),
-        )  # fmt: skip
+            tuple(file.st_size for file in found),
+            tuple(file.st_mtime_ns for file in found),
+            tuple(base),
+        )
 
     def encode(self) -> bytes:
         return encode(self)

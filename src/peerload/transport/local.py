@@ -88,12 +88,20 @@ class LocalTransport:
             if self._handover is None:
                 self._handover = Handover(self._descriptors)
             rows = list(self._registered.values())
-            return encode(Description(
-                host=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), start_time=start_time(os.getpid()),
-                socket=self._handover.address, token=self._handover.token,
-                address=[r.region.address for r in rows], nbytes=[r.region.nbytes for r in rows],
-                file=[r.number for r in rows], offset=[r.region.fd_offset for r in rows],
-            ))  # fmt: skip
+            return encode(
+                Description(
+                    host=boot_id(),
+                    pid_namespace=pid_namespace(),
+                    pid=os.getpid(),
+                    start_time=start_time(os.getpid()),
+                    socket=self._handover.address,
+                    token=self._handover.token,
+                    address=[r.region.address for r in rows],
+                    nbytes=[r.region.nbytes for r in rows],
+                    file=[r.number for r in rows],
+                    offset=[r.region.fd_offset for r in rows],
+                )
+            )
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         peer = Attached(decode(Description, description, source), source, deadline)

@@ -52,8 +52,11 @@ from .regions import RegionTable
 INSTALL: Final = "pip install --no-deps nixl-cu12 (or nixl-cu13); it needs no GPU"
 MODULES: Final = ("nixl_cu13", "nixl_cu12", "nixl._api")
 UCX_DEFAULTS: Final = {
-    "UCX_TCP_TX_SEG_SIZE": "1m", "UCX_TCP_RX_SEG_SIZE": "1m", "UCX_TCP_SNDBUF": "4m", "UCX_TCP_RCVBUF": "4m",
-}  # fmt: skip
+    "UCX_TCP_TX_SEG_SIZE": "1m",
+    "UCX_TCP_RX_SEG_SIZE": "1m",
+    "UCX_TCP_SNDBUF": "4m",
+    "UCX_TCP_RCVBUF": "4m",
+}
 POLL_S: Final = 0.010
 #: A transfer is all or nothing to NIXL, so one is as large as what moved in this time before: then one that takes seconds is
 #: no progress. Seconds, and the bounds in bytes; the upper one takes 3.4 s at 10 MB/s. Larger ones are no faster.
@@ -329,10 +332,14 @@ class NixlTransport:
             with self._serving.lock:
                 self._serving.register(self._keys)
                 metadata = self._serving.metadata()
-            return encode(Description(
-                host=boot_id(), metadata=base64.b64encode(metadata).decode(),
-                address=[a for a, _ in self._keys], nbytes=[n for _, n in self._keys],
-            ))  # fmt: skip
+            return encode(
+                Description(
+                    host=boot_id(),
+                    metadata=base64.b64encode(metadata).decode(),
+                    address=[a for a, _ in self._keys],
+                    nbytes=[n for _, n in self._keys],
+                )
+            )
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         """Reads a byte, so that a peer that can't be reached is found out now."""
@@ -378,8 +385,10 @@ class NixlTransport:
             self._warned = True
             log.warning(
                 "peerload: nixl reads %s at %.2f GB/s although it is on this host; UCX has fallen back to a slow path "
-                "(UCX_LOG_LEVEL=info shows which)", there.source, rate / 1e9,
-            )  # fmt: skip
+                "(UCX_LOG_LEVEL=info shows which)",
+                there.source,
+                rate / 1e9,
+            )
 
     def close(self) -> None:
         with self._lock:

@@ -19,11 +19,22 @@ from peerload.testing import sglang_stubs
 PROMPTS = [[5, 17, 300, 42], [9, 8, 7, 6, 5, 4]]
 #: Without a GPU: the operations of torch itself, and nothing that is compiled or captured.
 ON_CPU = {
-    "device": "cpu", "dtype": "bfloat16", "attention_backend": "torch_native", "sampling_backend": "pytorch",
-    "grammar_backend": "none", "disable_cuda_graph": True, "disable_overlap_schedule": True, "disable_radix_cache": True,
-    "skip_server_warmup": True, "skip_tokenizer_init": True, "max_total_tokens": 1024, "max_running_requests": 4,
-    "mem_fraction_static": 0.5, "log_level": "info", "sleep_on_idle": True,
-}  # fmt: skip
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "disable_radix_cache": True,
+    "skip_server_warmup": True,
+    "skip_tokenizer_init": True,
+    "max_total_tokens": 1024,
+    "max_running_requests": 4,
+    "mem_fraction_static": 0.5,
+    "log_level": "info",
+    "sleep_on_idle": True,
+}
 #: A distribution that SGLang finds on the module path, with a plug-in of the tests'.
 DISTRIBUTION = {
     "METADATA": "Metadata-Version: 2.1\nName: peerload-sglang-tests\nVersion: 0\n",
@@ -56,9 +67,14 @@ class Sglang:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * self._size)  # else a rank wants a NUMA node to itself
         environment["PYTHONPATH"] += os.pathsep + os.pathsep.join([str(scratch), str(Path(__file__).parent)])
         self._process = subprocess.Popen(
-            [self._python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+            [self._python, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
         self._tell(self._arguments)
         return self
 

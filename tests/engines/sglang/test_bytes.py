@@ -48,9 +48,7 @@ def sha256(model: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED and name not in DROPPED])
-def test_a_rank_of_tp2_is_fed_by_tp1(
-    tmp_path: Path, url: str, name: str, record_property: Callable[[str, object], None]
-) -> None:  # fmt: skip
+def test_a_rank_of_tp2_is_fed_by_tp1(tmp_path: Path, url: str, name: str, record_property: Callable[[str, object], None]) -> None:
     found, split = family(name), Parallel(tp=2)
     directory = write_family(tmp_path / name, found)
     with rank_of(directory, split, 1) as config, safe_open(directory / "model.safetensors", "pt") as stored:
@@ -70,10 +68,17 @@ def test_a_rank_of_tp2_is_fed_by_tp1(
     seed.close()
     assert sha256(model) == expected
     assert sum(read.nbytes for source, read in receipt.sources.items() if source.startswith("disk:")) == 0
-    record_property("cell", {
-        "engine": "sglang", "family": found.architecture, "quantization": found.quantization, "seed_tp": 1, "tp": 2,
-        "made_by_the_engine": len(receipt.left),
-    })  # fmt: skip
+    record_property(
+        "cell",
+        {
+            "engine": "sglang",
+            "family": found.architecture,
+            "quantization": found.quantization,
+            "seed_tp": 1,
+            "tp": 2,
+            "made_by_the_engine": len(receipt.left),
+        },
+    )
 
 
 @pytest.mark.parametrize("name", DROPPED)

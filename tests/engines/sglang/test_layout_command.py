@@ -35,9 +35,7 @@ def ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
 def test_fused_parameters_are_explained_and_remembered(ask: Ask, tmp_path: Path, family: str) -> None:
     directory = write_family(tmp_path / "model", FAMILIES[family])
-    first, again = (
-        ask("layout", "--model", str(directory), "--tp", "2", "--rank", "1", "--probe")["ranks"][0] for _ in range(2)
-    )  # fmt: skip
+    first, again = (ask("layout", "--model", str(directory), "--tp", "2", "--rank", "1", "--probe")["ranks"][0] for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
     assert first["regions"] == again["regions"]
     fused = [r for r in first["regions"] if r["parameter"] == "model.layers.0.self_attn.qkv_proj.weight"]

@@ -23,9 +23,15 @@ from peerload.tracing.trace import trace_loader
 
 #: What SGLang insists on, beyond what the family's configuration says.
 _YARN = {
-    "type": "yarn", "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 1.0, "mscale_all_dim": 1.0,
-}  # fmt: skip
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 CONFIG: dict[str, dict[str, object]] = {
     "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
     "deepseek-v2": {"rope_scaling": _YARN},  # its rotary embedding knows no other on a CPU
@@ -85,10 +91,17 @@ def test_the_trace_says_what_the_load_does(
         differences = agree(traced.layout, probe_layout(directory, parallel, rank, model.catalog))
         assert [d for d in differences if d.partition(":")[0] not in traced.hidden] == []
         assert bool(traced.hidden) == (name in HIDDEN)
-    record_property("cell", {
-        "engine": "sglang", "family": model.architecture, "quantization": model.quantization, "tp": parallel.tp,
-        "ep": parallel.ep, "result": f"refused: {refused}" if refused else "dropped" if name in DROPPED else "trace == probe",
-    })  # fmt: skip
+    record_property(
+        "cell",
+        {
+            "engine": "sglang",
+            "family": model.architecture,
+            "quantization": model.quantization,
+            "tp": parallel.tp,
+            "ep": parallel.ep,
+            "result": f"refused: {refused}" if refused else "dropped" if name in DROPPED else "trace == probe",
+        },
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES.keys() - REFUSED.keys())
@@ -97,9 +110,7 @@ def test_what_a_loader_drops_is_named(tmp_path: Path, name: str) -> None:
     model = family(name)
     with rank_of(write_family(tmp_path, model, weights=False), Parallel(), 0) as config:
         twin = build(config)
-        traced = trace_loader(
-            twin, partial(load_weights, twin), model.catalog, parallel=Parallel(), rank=0, engine=VERSION
-        )  # fmt: skip
+        traced = trace_loader(twin, partial(load_weights, twin), model.catalog, parallel=Parallel(), rank=0, engine=VERSION)
     if name not in DROPPED:
         assert dropped(traced, twin) == {}
         return

@@ -17,30 +17,50 @@ from types import TracebackType
 PROMPTS = [[5, 17, 300, 42], [9, 8, 7, 6, 5, 4]]
 #: vLLM offline, its log where we look for it.
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "INFO",
-}  # fmt: skip
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 #: On a CPU, with workers that share cores, forked from a process that has imported everything.
 ON_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-}  # fmt: skip
+}
 
 
 class Vllm:
     """An instance, started by `with`. It takes half a minute until it serves (`wait`), so start several at once."""
 
     def __init__(
-        self, model: Path, tp: int, config: dict[str, object] | None = None, *, gpu: bool = False, packed: bool = False,
-        python: str = sys.executable, **arguments: object,
-    ) -> None:  # fmt: skip
+        self,
+        model: Path,
+        tp: int,
+        config: dict[str, object] | None = None,
+        *,
+        gpu: bool = False,
+        packed: bool = False,
+        python: str = sys.executable,
+        **arguments: object,
+    ) -> None:
         """config: peerload's; None: vLLM loads by itself. packed: linear weights as the CPU backend packs them for oneDNN, out of
         sight; else they stay to be looked at. python: of an environment with vLLM. arguments: more of `LLM`'s."""
         self._python = python
         self._arguments: dict[str, object] = {
-            "model": str(model), "tensor_parallel_size": tp, "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128,
-            "max_num_seqs": 4, "num_gpu_blocks_override": 64, "disable_log_stats": True, "skip_tokenizer_init": True,
-            "worker_extension_cls": "workers.Looks", **arguments,
-        }  # fmt: skip
+            "model": str(model),
+            "tensor_parallel_size": tp,
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "max_model_len": 128,
+            "max_num_seqs": 4,
+            "num_gpu_blocks_override": 64,
+            "disable_log_stats": True,
+            "skip_tokenizer_init": True,
+            "worker_extension_cls": "workers.Looks",
+            **arguments,
+        }
         if config is not None:
             self._arguments |= {"load_format": "peerload", "model_loader_extra_config": config}
         self._environment = {**os.environ, **ENVIRONMENT, **({} if gpu else ON_CPU)}
@@ -52,9 +72,13 @@ class Vllm:
 
     def __enter__(self) -> Vllm:
         self._process = subprocess.Popen(
-            [self._python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            [self._python, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
             env=self._environment,
-        )  # fmt: skip
+        )
         self._tell(self._arguments)
         return self
 

@@ -59,9 +59,11 @@ def compressed(kind: str, word: str) -> Family:
     rule, name, group = _FORMATS[word]
     plain: Family = getattr(families, kind)(f"{kind}-{word}", SIZES)
     asked = {
-        "quant_method": "compressed-tensors", "format": name, "config_groups": {"group_0": group},
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head", "re:.*mlp.gate$"],
-    }  # fmt: skip
+    }
     tensors: list[TensorSpec] = []
     for spec in plain.tensors:
         if spec.name.endswith("_proj.weight"):
@@ -78,15 +80,22 @@ def deepseek_v32() -> Family:
     plain = FAMILIES["deepseek-v3"]
     hidden, q_lora = int(str(plain.config["hidden_size"])), int(str(plain.config["q_lora_rank"]))
     config = {
-        **plain.config, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
-        "index_n_heads": 4, "index_head_dim": 64, "index_topk": 64,
-    }  # fmt: skip
+        **plain.config,
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "index_n_heads": 4,
+        "index_head_dim": 64,
+        "index_topk": 64,
+    }
     more = [
         tensor(f"model.layers.{layer}.self_attn.indexer.{name}", *shape)
         for layer in range(int(str(config["num_hidden_layers"])))
         for name, *shape in (
-            ("wq_b.weight", 4 * 64, q_lora), ("wk.weight", 64, hidden), ("k_norm.weight", 64), ("k_norm.bias", 64),
+            ("wq_b.weight", 4 * 64, q_lora),
+            ("wk.weight", 64, hidden),
+            ("k_norm.weight", 64),
+            ("k_norm.bias", 64),
             ("weights_proj.weight", 4, hidden),
         )
-    ]  # fmt: skip
+    ]
     return replace(plain, name="deepseek-v32", config=config, tensors=tuple(sorted([*plain.tensors, *more])))

@@ -19,12 +19,17 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForSequenceClassification,
-)  # fmt: skip
+)
 
 TEXT: Final[dict[str, Any]] = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 512, "max_position_embeddings": 256,
-}  # fmt: skip
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
 #: Tokens that stand for pictures, and their numbers in the model's configuration.
 PICTURES: Final = {"<|image_pad|>": 500, "<|video_pad|>": 501, "<|vision_start|>": 502, "<|vision_end|>": 503}
 #: What vLLM has to be told of each, beside the directory.
@@ -51,9 +56,13 @@ def write_kind(directory: Path, kind: str) -> Path:
 def vision() -> PreTrainedModel:
     """A vision tower before a decoder."""
     tower = {
-        "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": TEXT["hidden_size"],
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": TEXT["hidden_size"],
         "fullatt_block_indexes": [1],
-    }  # fmt: skip
+    }
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen2_5_VLConfig(
@@ -67,8 +76,10 @@ def processor() -> Qwen2_5_VLProcessor:
     vocabulary = {**{f"word{n}": n for n in range(500)}, **PICTURES, "<|endoftext|>": 504}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")),
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=[*PICTURES],
-    )  # fmt: skip
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[*PICTURES],
+    )
     small = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**small), tokenizer, Qwen2VLVideoProcessor(**small))
 
@@ -76,9 +87,14 @@ def processor() -> Qwen2_5_VLProcessor:
 def hybrid() -> PreTrainedModel:
     """A Mamba layer with experts, then one of attention with experts."""
     mamba = {
-        "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_expand": 2,
-        "mamba_chunk_size": 16, "layer_types": ["mamba", "attention"],
-    }  # fmt: skip
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 16,
+        "layer_types": ["mamba", "attention"],
+    }
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 128}
     return GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**TEXT, **mamba, **experts, position_embedding_type="rope"))
 

@@ -76,11 +76,19 @@ def test_the_trace_says_what_the_load_does(
         held.append(traced)
     if not refused:
         whole(family, held)
-    record_property("cell", {
-        "engine": "vllm", "version": VERSION, "family": family.architecture, "quantization": family.quantization,
-        "name": family.name, "tp": parallel.tp, "ep": parallel.ep,
-        "result": f"refused: {refused}" if refused else "trace == probe",
-    })  # fmt: skip
+    record_property(
+        "cell",
+        {
+            "engine": "vllm",
+            "version": VERSION,
+            "family": family.architecture,
+            "quantization": family.quantization,
+            "name": family.name,
+            "tp": parallel.tp,
+            "ep": parallel.ep,
+            "result": f"refused: {refused}" if refused else "trace == probe",
+        },
+    )
 
 
 def as_stated(family: Family, traced: Traced, parallel: Parallel, rank: int) -> None:
@@ -131,7 +139,7 @@ def test_no_loader_drops_what_a_parameter_waits_for(tmp_path: Path, family: Fami
         twin = build(config)
         traced = trace_loader(
             twin, lambda weights: load_weights(twin, weights), family.catalog, parallel=Parallel(), rank=0, engine=VERSION
-        )  # fmt: skip
+        )
     lost = dropped(traced, twin)
     assert [(path, names) for path, names in lost.items() if not all(name.endswith("g_idx") for name in names)] == []
     assert all("g_idx" in path for path in lost)
@@ -172,8 +180,12 @@ def test_what_cannot_be_built_anywhere_says_why(tmp_path: Path) -> None:
 def small(kind: str, **more: object) -> dict[str, object]:
     """Arguments of a transformers configuration."""
     return {
-        "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, **more,
-    } | ({} if kind == "falcon" else {"intermediate_size": 512, "num_key_value_heads": 4})  # fmt: skip
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        **more,
+    } | ({} if kind == "falcon" else {"intermediate_size": 512, "num_key_value_heads": 4})
 
 
 def saved(directory: Path, config: transformers.PreTrainedConfig, kind: type[transformers.PreTrainedModel]) -> Path:
@@ -184,18 +196,33 @@ def saved(directory: Path, config: transformers.PreTrainedConfig, kind: type[tra
 
 
 TEXT = {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "intermediate_size_mlp": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "num_local_experts": 4, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "intermediate_size_mlp": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "pad_token_id": 0,
+}
 VISION = {
-    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 56,
-    "vision_output_dim": 128, "projector_input_dim": 128, "projector_output_dim": 128,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "image_size": 56,
+    "vision_output_dim": 128,
+    "projector_input_dim": 128,
+    "projector_output_dim": 128,
+}
 #: Models that vLLM builds in memory only: their constructors ask for values, or mix devices.
 IN_MEMORY = {
     "apertus": lambda: (transformers.ApertusConfig(**small("apertus")), transformers.ApertusForCausalLM),
     "bloom": lambda: (
-        transformers.BloomConfig(vocab_size=512, hidden_size=256, n_layer=2, n_head=8), transformers.BloomForCausalLM,
+        transformers.BloomConfig(vocab_size=512, hidden_size=256, n_layer=2, n_head=8),
+        transformers.BloomForCausalLM,
     ),
     "falcon-alibi": lambda: (
         transformers.FalconConfig(**small("falcon", alibi=True, bias=True, multi_query=False, parallel_attn=False)),
@@ -203,17 +230,31 @@ IN_MEMORY = {
     ),
     "gemma3n": lambda: (
         transformers.Gemma3nTextConfig(
-            vocab_size=512, vocab_size_per_layer_input=480, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size_per_layer_input=32, num_kv_shared_layers=2,
-            laurel_rank=16, altup_num_inputs=2, layer_types=["sliding_attention", "full_attention"] * 2,
-            activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=512,
+            vocab_size_per_layer_input=480,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            hidden_size_per_layer_input=32,
+            num_kv_shared_layers=2,
+            laurel_rank=16,
+            altup_num_inputs=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
         transformers.Gemma3nForCausalLM,
     ),
     "llama4": lambda: (
-        transformers.Llama4Config(text_config=TEXT, vision_config=VISION), transformers.Llama4ForConditionalGeneration,
+        transformers.Llama4Config(text_config=TEXT, vision_config=VISION),
+        transformers.Llama4ForConditionalGeneration,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IN_MEMORY)
@@ -242,11 +283,27 @@ def test_pooling_models_are_probed(tmp_path: Path) -> None:
 
 def test_experts_without_gates_are_built_as_on_a_cuda_host(tmp_path: Path) -> None:
     config = transformers.NemotronHConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
-        mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=16, n_groups=2, n_routed_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_group=1, topk_group=1, n_shared_experts=1,
-        layers_block_type=["mamba", "moe", "attention"], chunk_size=16, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        moe_shared_expert_intermediate_size=128,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        layers_block_type=["mamba", "moe", "attention"],
+        chunk_size=16,
+        max_position_embeddings=512,
+    )
     directory = saved(tmp_path, config, transformers.NemotronHForCausalLM)
     for parallel in (Parallel(2), Parallel(2, ep=2)):
         traced = trace_layout(directory, parallel, 1)
@@ -269,8 +326,10 @@ def test_a_loader_that_needs_values_says_where(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_sizes_is_said(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
-    wrong = [t._replace(shape=(512, *t.shape[1:])) if "k_norm" in t.name or "0.input_layernorm" in t.name else t
-             for t in family.tensors]  # fmt: skip
+    wrong = [
+        t._replace(shape=(512, *t.shape[1:])) if "k_norm" in t.name or "0.input_layernorm" in t.name else t
+        for t in family.tensors
+    ]
     directory = write_family(tmp_path, family, weights=False)
     with pytest.raises(
         LayoutError, match=r"^model\.layers\.0\.input_layernorm\.weight.*: the engine's loader fails: .* at vllm/"
@@ -283,8 +342,10 @@ def test_a_collective_operation_is_refused_by_name(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
     with rank_of(write_family(tmp_path, family, weights=False), Parallel(2), 0):
         group = parallel_state.get_tp_group()
-        for collective in (lambda: torch.distributed.all_reduce(torch.ones(1), group=group.device_group),
-                           lambda: group.all_reduce(torch.ones(1))):  # fmt: skip
+        for collective in (
+            lambda: torch.distributed.all_reduce(torch.ones(1), group=group.device_group),
+            lambda: group.all_reduce(torch.ones(1)),
+        ):
             with pytest.raises((RuntimeError, ValueError), match="ommunicat"):
                 collective()
 

@@ -68,9 +68,13 @@ class Loader(DefaultModelLoader):
 
         config, who = self._loading
         worker = Worker(
-            who, self._config, lambda: self._directory(config), load_weights=load_weights, finish=finishing(model),
+            who,
+            self._config,
+            lambda: self._directory(config),
+            load_weights=load_weights,
+            finish=finishing(model),
             known_as=config.model_path,
-        )  # fmt: skip
+        )
         worker.load(model)
         self.postprocess_weights(model, target_device)
         worker.serve(model)

@@ -46,10 +46,13 @@ _UNSPLIT: Final = Parallel()
 
 #: Arguments of SGLang's that are said otherwise, and how.
 _OURS: Final = {
-    "model_path": "say it with --model", "tp_size": "say it with --tp", "pp_size": "say it with --pp",
-    "ep_size": "say it with --ep", "dp_size": "a layout is that of one data-parallel replica",
+    "model_path": "say it with --model",
+    "tp_size": "say it with --tp",
+    "pp_size": "say it with --pp",
+    "ep_size": "say it with --ep",
+    "dp_size": "a layout is that of one data-parallel replica",
     "device": "a layout is that of this host's device",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def _configured(directory: Path, parallel: Parallel, rank: int, arguments: Mappi
     try:
         server = ServerArgs(
             model_path=str(directory), tp_size=parallel.tp, pp_size=parallel.pp, ep_size=parallel.ep, device=_device(), **chosen
-        )  # fmt: skip
+        )
         runtime_context.publish(server, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
         known, now = runtime_context._parallel_fields(), runtime_context.get_parallel()
         groups = {
@@ -202,9 +205,15 @@ def probe_layout(
     otherwise like `trace_layout`."""
     with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank, arguments) as config:
         return probe(
-            partial(build, config, "cpu"), load_weights, tensors, finish=postprocess if processed else None,
-            tensors_of=reachable_tensors, fixed=fixed, bits=bits, groups=groups,
-        )  # fmt: skip
+            partial(build, config, "cpu"),
+            load_weights,
+            tensors,
+            finish=postprocess if processed else None,
+            tensors_of=reachable_tensors,
+            fixed=fixed,
+            bits=bits,
+            groups=groups,
+        )
 
 
 @contextmanager

@@ -34,9 +34,13 @@ _SCHEDULER: Final = "sglang.srt.managers.scheduler"
 _UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater"
 #: What changes a serving model's weights or takes their memory away, in SGLang 0.5.23.
 _CHANGES: Final = (
-    "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor", "update_weights_from_ipc",
-    "begin_weight_update", "release_memory_occupation",
-)  # fmt: skip
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "release_memory_occupation",
+)
 
 
 def register() -> None:

@@ -65,9 +65,17 @@ def load(
         with this.together():
             transports = stack.enter_context(opened_transports(settings, str(live.device)))
             job = Job(
-                this.model, live.layout, live.address, live.regions(settings.registration), this.member, transports, settings,
-                coordinator=this.client, reserve=[disk.offer()] if disk is not None else [], complete=lambda _: live.accept(),
-            )  # fmt: skip
+                this.model,
+                live.layout,
+                live.address,
+                live.regions(settings.registration),
+                this.member,
+                transports,
+                settings,
+                coordinator=this.client,
+                reserve=[disk.offer()] if disk is not None else [],
+                complete=lambda _: live.accept(),
+            )
             live.settle()
         receipt = run(job)
     log.info("peerload: %s", receipt)
@@ -144,10 +152,18 @@ def _offer(this: _Rank, settings: Config, stack: ExitStack, *, every: bool) -> S
     for transport in transports.values():
         transport.register(live.regions(settings.registration))
     return Seed(
-        this.model, live.layout, live.address, coordinator=this.client, transports=transports, instance=this.member.instance,
-        files=live.files.contents, attributes={"engine": f"transformers {transformers.__version__}"}, space=space,
-        digests=settings.verifies, threads=settings.threads,
-    )  # fmt: skip
+        this.model,
+        live.layout,
+        live.address,
+        coordinator=this.client,
+        transports=transports,
+        instance=this.member.instance,
+        files=live.files.contents,
+        attributes={"engine": f"transformers {transformers.__version__}"},
+        space=space,
+        digests=settings.verifies,
+        threads=settings.threads,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,9 +240,14 @@ class _Common:
 
 
 def _told(
-    model: PreTrainedModel, config: Config, disk: Checkpoint | None, client: CoordinatorClient, checkpoint: str | Path | None,
-    instance: str, find: bool,
-) -> _Common:  # fmt: skip
+    model: PreTrainedModel,
+    config: Config,
+    disk: Checkpoint | None,
+    client: CoordinatorClient,
+    checkpoint: str | Path | None,
+    instance: str,
+    find: bool,
+) -> _Common:
     """find: without a checkpoint or a configured revision, take the one that is on offer."""
     launch = uuid.uuid4().hex
     known_as = str(checkpoint or getattr(model.config, "name_or_path", "") or "")

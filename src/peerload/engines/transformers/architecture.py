@@ -25,9 +25,17 @@ from .quantized import kept, quantizer_of
 
 #: What transformers raises for configurations that make no sense to it, and for what it can't do.
 FAILURES: Final = (
-    StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
-    ImportError, OSError,
-)  # fmt: skip
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
 #: A model is built layer by layer even where it has no memory. More layers or experts than this, and than the checkpoint has
 #: tensors, are refused before; and so is any other number of things beyond _MOST.
 _MOST_LAYERS: Final = 4096

@@ -90,9 +90,11 @@ def as_kept(layout: Layout, wanted: Mapping[str, torch.dtype]) -> Layout:
             offset[piece], stride[piece] = offset[piece] // here * there, stride[piece] // here * there
         nbytes[buffer] = nbytes[buffer] // here * there
     return replace(
-        layout, catalog=Catalog.of(specs), buffer_nbytes=nbytes,
+        layout,
+        catalog=Catalog.of(specs),
+        buffer_nbytes=nbytes,
         pieces=Pieces(tensor, pieces.start, pieces.stop, pieces.buffer, offset, stride),
-    )  # fmt: skip
+    )
 
 
 def _key(tensor: Tensor) -> int:

@@ -96,10 +96,18 @@ def _read(layout: Layout, boxes: Columns, checkpoint: Checkpoint, files: FilesTr
     address = np.array([memory.data_ptr()], np.int64)
     pieces = Pieces(tensor, start, stop, np.zeros(len(tensor), np.int64), offset, stride)
     wanted = Layout(layout.catalog, ("",), np.array([memory.nbytes]), pieces)
-    load(Job(
-        ModelKey("checkpoint"), wanted, address, regions_for([placed(memory)], "per-tensor"), Member("comparison"),
-        {files.name: files}, Config(verify="off", attach=False), reserve=[checkpoint.offer()],
-    ))  # fmt: skip
+    load(
+        Job(
+            ModelKey("checkpoint"),
+            wanted,
+            address,
+            regions_for([placed(memory)], "per-tensor"),
+            Member("comparison"),
+            {files.name: files},
+            Config(verify="off", attach=False),
+            reserve=[checkpoint.offer()],
+        )
+    )
     return (owner, tensor, start, stop, address[0] + offset, stride), memory
 
 

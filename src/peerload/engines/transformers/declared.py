@@ -128,9 +128,16 @@ def declare(whole: Whole, own: Mapping[str, Own], *, parallel: Parallel, rank: i
                     constants.append(Constant(buffer, view.offset * itemsize, view.shape, strides, constant.fill))
     layout = whole.layout
     made = Layout(
-        layout.catalog, tuple(own), np.array(nbytes, np.int64), Pieces.of(pieces, layout.catalog.width), tuple(constants),
-        aliases=layout.aliases, ignored=layout.ignored, parallel=parallel, rank=rank,
-    )  # fmt: skip
+        layout.catalog,
+        tuple(own),
+        np.array(nbytes, np.int64),
+        Pieces.of(pieces, layout.catalog.width),
+        tuple(constants),
+        aliases=layout.aliases,
+        ignored=layout.ignored,
+        parallel=parallel,
+        rank=rank,
+    )
     made.prove_cover()
     return made
 
@@ -153,9 +160,7 @@ def _starts(held: Sequence[range]) -> list[int]:
 
 
 def _check(name: str, full: View, held: Sequence[Share], mine: Own) -> None:
-    declared = tuple(
-        max((s.local[d] + s.shape[d] for s in held), default=0) for d in range(len(full.shape))
-    )  # fmt: skip
+    declared = tuple(max((s.local[d] + s.shape[d] for s in held), default=0) for d in range(len(full.shape)))
     if (
         len(mine.shape) != len(full.shape)
         or (math.prod(mine.shape) and declared != mine.shape)

@@ -139,9 +139,13 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> li
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens
 
@@ -224,9 +228,14 @@ def _load(
         # A recorder sees its own thread only.
         with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), recorder:
             model, report = kind.from_pretrained(
-                None, config=config, state_dict=state, dtype="auto", output_loading_info=True,
-                generation_config=generation_config(files), **_split(parallel),
-            )  # fmt: skip
+                None,
+                config=config,
+                state_dict=state,
+                dtype="auto",
+                output_loading_info=True,
+                generation_config=generation_config(files),
+                **_split(parallel),
+            )
     except LayoutError as refusal:
         raise _blamed(refusal, files) from refusal
     except FAILURES as error:

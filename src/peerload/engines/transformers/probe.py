@@ -56,9 +56,13 @@ def probe_layout(
         dtypes = dict(zip(catalog.names, catalog.dtypes, strict=True))
         state = {name: _Slice(tensor, dtypes[name]) for name, tensor in weights}
         home.model = kind.from_pretrained(
-            None, config=config_of(files), state_dict=state, dtype="auto", generation_config=generation_config(files),
+            None,
+            config=config_of(files),
+            state_dict=state,
+            dtype="auto",
+            generation_config=generation_config(files),
             **_split(parallel),
-        )  # fmt: skip
+        )
 
     with _impersonated(rank, parallel.tp * parallel.pp), _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), quiet(), kept():
         return probe(_Home, load, catalog, tensors_of=_tensors, bits=bits)

@@ -49,10 +49,13 @@ _UNSPLIT: Final = Parallel()
 
 #: Arguments of vLLM's that are said otherwise, and how.
 _OURS: Final = {
-    "model": "say it with --model", "tensor_parallel_size": "say it with --tp", "pipeline_parallel_size": "say it with --pp",
-    "enable_expert_parallel": "say it with --ep", "data_parallel_size": "a layout is that of one data-parallel replica",
+    "model": "say it with --model",
+    "tensor_parallel_size": "say it with --tp",
+    "pipeline_parallel_size": "say it with --pp",
+    "enable_expert_parallel": "say it with --ep",
+    "data_parallel_size": "a layout is that of one data-parallel replica",
     "distributed_executor_backend": "it has no part in a layout",
-}  # fmt: skip
+}
 
 
 class Unbuilt(LayoutError):
@@ -109,9 +112,15 @@ def probe_layout(
         with rank_of(model, parallel, rank, arguments, platform) as config:
             finish: Callable[[nn.Module], object] | None = partial(postprocess, config=config) if processed else None
             return probe(
-                partial(build, config, "cpu"), load_weights, tensors, finish=finish, tensors_of=reachable_tensors,
-                fixed=fixed, bits=bits, groups=groups,
-            )  # fmt: skip
+                partial(build, config, "cpu"),
+                load_weights,
+                tensors,
+                finish=finish,
+                tensors_of=reachable_tensors,
+                fixed=fixed,
+                bits=bits,
+                groups=groups,
+            )
 
     return _on(platform, probed)
 
@@ -172,9 +181,15 @@ def rank_of(
         same_stage = [stage * parallel.tp + i for i in range(parallel.tp)]
         same_shard = [i * parallel.tp + shard for i in range(parallel.pp)]
         members = {
-            "_WORLD": list(range(size)), "_TP": same_stage, "_ETP": same_stage, "_EP": same_stage, "_PP": same_shard,
-            "_DP": [rank], "_DCP": [rank], "_PCP": [rank],
-        }  # fmt: skip
+            "_WORLD": list(range(size)),
+            "_TP": same_stage,
+            "_ETP": same_stage,
+            "_EP": same_stage,
+            "_PP": same_shard,
+            "_DP": [rank],
+            "_DCP": [rank],
+            "_PCP": [rank],
+        }
         for name in members.keys() & state.keys():
             setattr(groups, name, _group(name, members[name], rank))
         groups._NODE_COUNT = 1
@@ -224,17 +239,18 @@ def _catalog(model: str | Path | ModelFiles) -> Catalog:
     return Checkpoint.open(model).catalog
 
 
-def _config(
-    files: ModelFiles, directory: Path, parallel: Parallel, rank: int, arguments: Mapping[str, object]
-) -> VllmConfig:  # fmt: skip
+def _config(files: ModelFiles, directory: Path, parallel: Parallel, rank: int, arguments: Mapping[str, object]) -> VllmConfig:
     chosen = {"enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True, **arguments}
     try:
         with _inspected_here(files):
             config = EngineArgs(
-                model=str(directory), tensor_parallel_size=parallel.tp, pipeline_parallel_size=parallel.pp,
+                model=str(directory),
+                tensor_parallel_size=parallel.tp,
+                pipeline_parallel_size=parallel.pp,
                 enable_expert_parallel=parallel.ep > 1,
-                distributed_executor_backend="mp" if parallel.tp * parallel.pp > 1 else "uni", **chosen,
-            ).create_engine_config()  # fmt: skip
+                distributed_executor_backend="mp" if parallel.tp * parallel.pp > 1 else "uni",
+                **chosen,
+            ).create_engine_config()
     except FAILURES as error:
         words = " ".join(str(error).partition(" [type=")[0].split()) or told(error)  # pydantic adds the arguments
         next_step = "vLLM's arguments are given as --engine-arg KEY=VALUE, as in --engine-arg trust_remote_code=true"

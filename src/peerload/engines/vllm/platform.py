@@ -20,9 +20,12 @@ from vllm.platforms.interface import DeviceCapability, PlatformEnum, Unspecified
 
 #: Questions to vLLM's CUDA library about what a GPU can do, which a library built for CPUs lacks.
 _CUDA_QUESTIONS: Final = (
-    "cutlass_scaled_mm_supports_fp4", "cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8",
-    "cutlass_group_gemm_supported", "mxfp4_experts_quant_supported",
-)  # fmt: skip
+    "cutlass_scaled_mm_supports_fp4",
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_group_gemm_supported",
+    "mxfp4_experts_quant_supported",
+)
 
 
 class _Cuda(CpuPlatform):

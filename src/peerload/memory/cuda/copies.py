@@ -14,10 +14,20 @@ from ...planning.batch import LEVELS, Batch
 from .tables import Table, alignment, as_table
 
 #: As `copy_row` in kernels.cu.
-ROW: Final = np.dtype([
-    ("src", np.uint64), ("dst", np.uint64), ("src_step", np.int64, 3), ("dst_step", np.int64, 3), ("run", np.uint32),
-    ("count1", np.uint32), ("count2", np.uint32), ("total", np.uint32), ("shift", np.uint32), ("unused", np.uint32),
-])  # fmt: skip
+ROW: Final = np.dtype(
+    [
+        ("src", np.uint64),
+        ("dst", np.uint64),
+        ("src_step", np.int64, 3),
+        ("dst_step", np.int64, 3),
+        ("run", np.uint32),
+        ("count1", np.uint32),
+        ("count2", np.uint32),
+        ("total", np.uint32),
+        ("shift", np.uint32),
+        ("unused", np.uint32),
+    ]
+)
 #: Units a warp moves at a time; as in kernels.cu.
 TILE: Final = 1024
 #: The widest unit, bytes.

@@ -11,11 +11,25 @@ from ...model.boxes import IntArray
 from .tables import Table, alignment, as_table
 
 #: As `digest_row` in kernels.cu.
-ROW: Final = np.dtype([
-    ("address", np.uint64), ("byte", np.uint64), ("key", np.uint64), ("run", np.uint64), ("memory", np.int64, 4),
-    ("global", np.int64, 4), ("extent", np.uint32, 4), ("slot", np.uint32), ("dense", np.uint32), ("parts", np.uint32),
-    ("element", np.uint32), ("unit", np.uint32), ("tile_f", np.uint32), ("tile_y", np.uint32), ("tiles_f", np.uint32),
-])  # fmt: skip
+ROW: Final = np.dtype(
+    [
+        ("address", np.uint64),
+        ("byte", np.uint64),
+        ("key", np.uint64),
+        ("run", np.uint64),
+        ("memory", np.int64, 4),
+        ("global", np.int64, 4),
+        ("extent", np.uint32, 4),
+        ("slot", np.uint32),
+        ("dense", np.uint32),
+        ("parts", np.uint32),
+        ("element", np.uint32),
+        ("unit", np.uint32),
+        ("tile_f", np.uint32),
+        ("tile_y", np.uint32),
+        ("tiles_f", np.uint32),
+    ]
+)
 AXES: Final = 4
 #: As in kernels.cu: bytes of a segment, and segments of a tile of dense runs.
 SEGMENT_NBYTES: Final = 4096
@@ -31,9 +45,15 @@ LARGEST_NBYTES: Final = 1 << 30
 
 
 def rows_of(
-    slot: IntArray, key: npt.NDArray[np.uint64], itemsize: IntArray, shape: IntArray,
-    start: IntArray, stop: IntArray, address: IntArray, stride: IntArray,
-) -> tuple[Table, IntArray]:  # fmt: skip
+    slot: IntArray,
+    key: npt.NDArray[np.uint64],
+    itemsize: IntArray,
+    shape: IntArray,
+    start: IntArray,
+    stop: IntArray,
+    address: IntArray,
+    stride: IntArray,
+) -> tuple[Table, IntArray]:
     """The kernel's table for n boxes of at most LARGEST_NBYTES each, and the tiles of each of its rows (at least one).
 
     slot: [n] where a box's digest is added; key, itemsize: [n] of its tensor; shape, start, stop, stride: [n, width]; address:
@@ -62,10 +82,24 @@ def rows_of(
     tile_f, tile_y = np.where(scattered, TILE_ELEMENTS[0], TILE_UNITS), np.where(scattered, TILE_ELEMENTS[1], 1)
     tiles_f, tiles_y = -(-extent[:, :3].prod(axis=1) // tile_f), -(-extent[:, 3] // tile_y)
     table = as_table(
-        ROW, len(run), address=address, byte=byte, key=key, run=run, memory=memory, extent=extent, slot=slot, dense=dense,
-        parts=parts, element=np.where(scattered, itemsize, unit), unit=unit, tile_f=tile_f, tile_y=tile_y, tiles_f=tiles_f,
+        ROW,
+        len(run),
+        address=address,
+        byte=byte,
+        key=key,
+        run=run,
+        memory=memory,
+        extent=extent,
+        slot=slot,
+        dense=dense,
+        parts=parts,
+        element=np.where(scattered, itemsize, unit),
+        unit=unit,
+        tile_f=tile_f,
+        tile_y=tile_y,
+        tiles_f=tiles_f,
         **{"global": step},
-    )  # fmt: skip
+    )
     return table, np.where(dense, parts * extent[:, 1:].prod(axis=1), tiles_f * tiles_y)
 
 

@@ -273,8 +273,21 @@ class Stream:
     def launch(self, kernel: object, blocks: int, threads: int, parameters: Sequence[Parameter]) -> None:
         values, types = tuple(value for value, _ in parameters), tuple(kind for _, kind in parameters)
         with self.device.current():
-            call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, 0, self._stream, (values, types), 0,
-                 about=f"of {blocks} blocks on {self.device.name}")  # fmt: skip
+            call(
+                "cuLaunchKernel",
+                kernel,
+                blocks,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                0,
+                self._stream,
+                (values, types),
+                0,
+                about=f"of {blocks} blocks on {self.device.name}",
+            )
 
     def upload(self, address: int, data: npt.NDArray[Any]) -> None:
         """Copy a contiguous array to device memory. It may be changed again when this returns."""

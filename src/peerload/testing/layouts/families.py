@@ -125,9 +125,10 @@ def latent_attention(
     out = Member(f"{at}.o_proj", hidden, heads * value, Cut(1, value))
     norms = alone(f"{at}.q_a_layernorm.weight", (q_lora,)), alone(f"{at}.kv_a_layernorm.weight", (kv_lora,))
     return (
-        *linear(f"{at}.fused_qkv_a_proj", down, held), *norms,
+        *linear(f"{at}.fused_qkv_a_proj", down, held),
+        *norms,
         *(param for member in (q_up, kv_up, out) for param in linear(member.name, (member,), held)),
-    )  # fmt: skip
+    )
 
 
 def decoder(name: str, hidden: int, vocabulary: int, layers: tuple[Stack, ...], held: Held, *, tied: bool = False) -> Model:

@@ -190,18 +190,30 @@ def layout(model: Model, parallel: Parallel = SINGLE, rank: int = 0) -> Layout:
         one = _columns(stamp.params, tp, ep, tp_rank, book.width)
         times, n, per = len(stamp.prefixes), len(one), len(sheet.names)
         base = len(names) + per * np.arange(times)
-        blocks.append(Pieces(
-            np.repeat(stamp.first, n) + np.tile(one.tensor, times), np.tile(one.start, (times, 1)), np.tile(one.stop, (times, 1)),
-            np.repeat(base, n) + np.tile(one.buffer, times), np.tile(one.offset, times), np.tile(one.stride, (times, 1)),
-        ))  # fmt: skip
+        blocks.append(
+            Pieces(
+                np.repeat(stamp.first, n) + np.tile(one.tensor, times),
+                np.tile(one.start, (times, 1)),
+                np.tile(one.stop, (times, 1)),
+                np.repeat(base, n) + np.tile(one.buffer, times),
+                np.tile(one.offset, times),
+                np.tile(one.stride, (times, 1)),
+            )
+        )
         for prefix, first in zip(stamp.prefixes, base.tolist(), strict=True):
             names += [prefix + name for name in sheet.names]
             nbytes += sheet.nbytes
             constants += [Constant(c.buffer + first, c.offset, c.shape, c.strides, c.fill) for c in sheet.constants]
     return Layout(
-        book, tuple(names), np.array(nbytes, np.int64), _with_tied(model, _concatenated(blocks)), tuple(constants),
-        aliases=dict(model.aliases), parallel=parallel, rank=rank,
-    )  # fmt: skip
+        book,
+        tuple(names),
+        np.array(nbytes, np.int64),
+        _with_tied(model, _concatenated(blocks)),
+        tuple(constants),
+        aliases=dict(model.aliases),
+        parallel=parallel,
+        rank=rank,
+    )
 
 
 def _concatenated(blocks: list[Pieces]) -> Pieces:

@@ -15,9 +15,20 @@ TINY = Held(block=4, vocabulary=4)
 
 @cache
 def llama(
-    held: Held = BF16, *, name: str = "llama", hidden: int, inter: int, heads: int, kv_heads: int, head: int,
-    layers: int, vocabulary: int, bias: bool = False, norms: bool = False, tied: bool = False,
-) -> Model:  # fmt: skip
+    held: Held = BF16,
+    *,
+    name: str = "llama",
+    hidden: int,
+    inter: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    layers: int,
+    vocabulary: int,
+    bias: bool = False,
+    norms: bool = False,
+    tied: bool = False,
+) -> Model:
     """Llama, Qwen2 (bias) and Qwen3 (norms): grouped-query attention and a dense MLP."""
     attention = grouped_query_attention(hidden, heads, kv_heads, head, held, bias=bias, norms=norms)
     stack = Stack(attention + mlp("mlp", hidden, inter, held), "model.layers", 0, layers)
@@ -26,9 +37,19 @@ def llama(
 
 @cache
 def qwen3_moe(
-    held: Held = BF16, *, name: str = "qwen3-moe", hidden: int, inter: int, heads: int, kv_heads: int, head: int,
-    layers: int, vocabulary: int, expert_count: int, stacked: bool = False,
-) -> Model:  # fmt: skip
+    held: Held = BF16,
+    *,
+    name: str = "qwen3-moe",
+    hidden: int,
+    inter: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    layers: int,
+    vocabulary: int,
+    expert_count: int,
+    stacked: bool = False,
+) -> Model:
     """Grouped-query attention and routed experts in every layer; `stacked` when the checkpoint's experts are 3-D."""
     routed = (
         stacked_experts("mlp.experts", expert_count, hidden, inter)
@@ -42,10 +63,24 @@ def qwen3_moe(
 
 @cache
 def deepseek(
-    held: Held = FP8_BLOCK, *, name: str = "deepseek", hidden: int, inter: int, expert_inter: int, expert_count: int,
-    shared: int, heads: int, q_lora: int, kv_lora: int, nope: int, rope: int, value: int, layers: int, dense: int,
+    held: Held = FP8_BLOCK,
+    *,
+    name: str = "deepseek",
+    hidden: int,
+    inter: int,
+    expert_inter: int,
+    expert_count: int,
+    shared: int,
+    heads: int,
+    q_lora: int,
+    kv_lora: int,
+    nope: int,
+    rope: int,
+    value: int,
+    layers: int,
+    dense: int,
     vocabulary: int,
-) -> Model:  # fmt: skip
+) -> Model:
     """DeepSeek-V3 and Kimi-K2: MLA, some dense layers, then routed and shared experts. Without the MTP layer."""
     attention = latent_attention(hidden, heads, q_lora, kv_lora, nope, rope, value, held)
     gate = alone("mlp.gate.weight", (expert_count, hidden))
@@ -69,46 +104,114 @@ def llama_70b(held: Held = BF16) -> Model:
 def qwen3_235b(held: Held = FP8_BLOCK) -> Model:
     """Qwen/Qwen3-235B-A22B(-FP8). At TP8 an expert's 192 rows end inside a block of scales."""
     return qwen3_moe(
-        held, name="qwen3-235b", hidden=4096, inter=1536, heads=64, kv_heads=4, head=128, layers=94, vocabulary=151936,
+        held,
+        name="qwen3-235b",
+        hidden=4096,
+        inter=1536,
+        heads=64,
+        kv_heads=4,
+        head=128,
+        layers=94,
+        vocabulary=151936,
         expert_count=128,
-    )  # fmt: skip
+    )
 
 
 def deepseek_v3(held: Held = FP8_BLOCK) -> Model:
     """deepseek-ai/DeepSeek-V3."""
     return deepseek(
-        held, name="deepseek-v3", hidden=7168, inter=18432, expert_inter=2048, expert_count=256, shared=1, heads=128,
-        q_lora=1536, kv_lora=512, nope=128, rope=64, value=128, layers=61, dense=3, vocabulary=129280,
-    )  # fmt: skip
+        held,
+        name="deepseek-v3",
+        hidden=7168,
+        inter=18432,
+        expert_inter=2048,
+        expert_count=256,
+        shared=1,
+        heads=128,
+        q_lora=1536,
+        kv_lora=512,
+        nope=128,
+        rope=64,
+        value=128,
+        layers=61,
+        dense=3,
+        vocabulary=129280,
+    )
 
 
 def kimi_k2(held: Held = FP8_BLOCK) -> Model:
     """moonshotai/Kimi-K2-Instruct."""
     return deepseek(
-        held, name="kimi-k2", hidden=7168, inter=18432, expert_inter=2048, expert_count=384, shared=1, heads=64,
-        q_lora=1536, kv_lora=512, nope=128, rope=64, value=128, layers=61, dense=1, vocabulary=163840,
-    )  # fmt: skip
+        held,
+        name="kimi-k2",
+        hidden=7168,
+        inter=18432,
+        expert_inter=2048,
+        expert_count=384,
+        shared=1,
+        heads=64,
+        q_lora=1536,
+        kv_lora=512,
+        nope=128,
+        rope=64,
+        value=128,
+        layers=61,
+        dense=1,
+        vocabulary=163840,
+    )
 
 
 def tiny_llama(held: Held = TINY, *, kv_heads: int = 8, heads: int = 16, tied: bool = False, bias: bool = False) -> Model:
     """Two layers; 16 query heads of 2 unless said otherwise; 23 rows of vocabulary."""
     return llama(
-        held, name=f"tiny-llama-{heads}x{kv_heads}", hidden=12, inter=24, heads=heads, kv_heads=kv_heads, head=2, layers=2,
-        vocabulary=23, tied=tied, bias=bias,
-    )  # fmt: skip
+        held,
+        name=f"tiny-llama-{heads}x{kv_heads}",
+        hidden=12,
+        inter=24,
+        heads=heads,
+        kv_heads=kv_heads,
+        head=2,
+        layers=2,
+        vocabulary=23,
+        tied=tied,
+        bias=bias,
+    )
 
 
 def tiny_qwen3_moe(held: Held = TINY, *, stacked: bool = False) -> Model:
     """Three layers of 8 experts, 2 key and value heads."""
     return qwen3_moe(
-        held, name="tiny-qwen3-moe", hidden=8, inter=18, heads=6, kv_heads=2, head=2, layers=3, vocabulary=17, expert_count=8,
+        held,
+        name="tiny-qwen3-moe",
+        hidden=8,
+        inter=18,
+        heads=6,
+        kv_heads=2,
+        head=2,
+        layers=3,
+        vocabulary=17,
+        expert_count=8,
         stacked=stacked,
-    )  # fmt: skip
+    )
 
 
 def tiny_deepseek(held: Held = TINY) -> Model:
     """Four layers, the first dense; 12 experts, 1 shared; 16 heads."""
     return deepseek(
-        held, name="tiny-deepseek", hidden=12, inter=24, expert_inter=10, expert_count=12, shared=1, heads=16, q_lora=6,
-        kv_lora=5, nope=2, rope=1, value=3, layers=4, dense=1, vocabulary=19,
-    )  # fmt: skip
+        held,
+        name="tiny-deepseek",
+        hidden=12,
+        inter=24,
+        expert_inter=10,
+        expert_count=12,
+        shared=1,
+        heads=16,
+        q_lora=6,
+        kv_lora=5,
+        nope=2,
+        rope=1,
+        value=3,
+        layers=4,
+        dense=1,
+        vocabulary=19,
+    )

@@ -29,11 +29,25 @@ Patterns: TypeAlias = npt.NDArray[np.uint64]
 
 _SIGNED: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Lowest and highest random bit pattern by dtype: positive, finite, and an even number of them, so that none is its own reverse.
-_RANDOM: Final[Mapping[str, tuple[int, int]]] = MappingProxyType({
-    "BF16": (0x3000, 0x4FFF), "F16": (0x0400, 0x7BFF), "F32": (0x30000000, 0x4FFFFFFF), "F64": (0x3E00 << 48, (0x4200 << 48) - 1),
-    "F8_E4M3": (1, 126), "F8_E5M2": (1, 122), "F8_E8M0": (64, 191), "U8": (1, 254), "I8": (1, 126),
-    "U16": (1, 32766), "I16": (1, 32766), "U32": (1, 32766), "I32": (1, 32766), "U64": (1, 32766), "I64": (1, 32766),
-})  # fmt: skip
+_RANDOM: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
+    {
+        "BF16": (0x3000, 0x4FFF),
+        "F16": (0x0400, 0x7BFF),
+        "F32": (0x30000000, 0x4FFFFFFF),
+        "F64": (0x3E00 << 48, (0x4200 << 48) - 1),
+        "F8_E4M3": (1, 126),
+        "F8_E5M2": (1, 122),
+        "F8_E8M0": (64, 191),
+        "U8": (1, 254),
+        "I8": (1, 126),
+        "U16": (1, 32766),
+        "I16": (1, 32766),
+        "U32": (1, 32766),
+        "I32": (1, 32766),
+        "U64": (1, 32766),
+        "I64": (1, 32766),
+    }
+)
 _WIDE: Final = ("BF16", "F16", "F32", "F64")
 RANDOM_PASSES: Final = 2
 

@@ -27,9 +27,15 @@ def decoded_layout(probed: Probed, parallel: Parallel = Parallel(), rank: int = 
     nbytes = [writer.add(buffer, name, seen) for buffer, (name, seen) in enumerate(buffers.items())]
     catalog = Catalog.of(writer.tensors)
     return Layout(
-        catalog, tuple(buffers), np.array(nbytes, np.int64), Pieces.of(writer.pieces, catalog.width), tuple(writer.constants),
-        tuple(writer.opaques), parallel=parallel, rank=rank,
-    )  # fmt: skip
+        catalog,
+        tuple(buffers),
+        np.array(nbytes, np.int64),
+        Pieces.of(writer.pieces, catalog.width),
+        tuple(writer.constants),
+        tuple(writer.opaques),
+        parallel=parallel,
+        rank=rank,
+    )
 
 
 def told_boxes(probed: Probed, seen: Seen) -> str:

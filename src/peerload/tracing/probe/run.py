@@ -362,9 +362,21 @@ class _Decoder:
         def result(kind: str, reason: str, ids: IntArray, casts: Iterable[str] = ()) -> Seen:
             kept = made if made is not None and len(made) == n else None
             return Seen(
-                kind, reason, dtype, last.shape, last.stride, ids, split, size, last.offset, frozenset(casts), last.patterns,
-                kept, last.shares, steady,
-            )  # fmt: skip
+                kind,
+                reason,
+                dtype,
+                last.shape,
+                last.stride,
+                ids,
+                split,
+                size,
+                last.offset,
+                frozenset(casts),
+                last.patterns,
+                kept,
+                last.shares,
+                steady,
+            )
 
         if not n:
             return result(EMPTY, "has no elements", np.zeros(0, np.int64))
