@@ -116,7 +116,7 @@ def result_of(row: dict[str, object]) -> str:
     sources = row["sources"]
     assert isinstance(sources, list)
     disk = [size for size, source in sources if str(source).startswith("disk:")]
-    return f": opaque after post-processing, {disk[0]} from disk" if disk else ""
+    return f": computed by post-processing, {disk[0]} from disk" if disk else ""
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from peerload.model.boxes import Box  # noqa: E402
 from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
 from peerload.model.layout import Constant, Layout, Piece, Pieces  # noqa: E402
 from peerload.tracing.probe.agree import agree  # noqa: E402
-from peerload.tracing.probe.boxes import strided_boxes, strided_runs  # noqa: E402
+from peerload.tracing.probe.boxes import strided_boxes  # noqa: E402
 from peerload.tracing.probe.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
-from peerload.tracing.probe.decoded import decoded_layout, told_boxes  # noqa: E402
+from peerload.tracing.probe.decoded import told_boxes  # noqa: E402
 from peerload.tracing.probe.run import (  # noqa: E402
     COMPUTED,
     CONSTANT,
@@ -107,9 +107,6 @@ def test_every_element_is_found(program: tuple, dtype: str) -> None:
     seen = probed.buffers["p"]
     assert (seen.kind, seen.reason, seen.dtype) == ("copy", "", dtype)
     assert seen.ids.tolist() == expected.flatten().tolist()
-    layout = decoded_layout(probed, Parallel(2), 1)
-    layout.prove_cover()
-    assert agree(layout, probed) == []
 
 
 @common
@@ -144,18 +141,6 @@ def test_boxes_say_exactly_what_they_were_made_of(data: st.DataObject) -> None:
 def test_few_boxes_where_few_suffice(make: Callable[[Tensor], Tensor], boxes: int) -> None:
     ids = make(torch.arange(96).reshape(8, 12)).flatten().numpy()
     assert len(strided_boxes(ids, np.arange(len(ids)), (8, 12))) <= boxes
-
-
-@common
-@given(st.sets(st.integers(0, 60), max_size=40))
-def test_runs_say_exactly_what_they_were_made_of(positions: set[int]) -> None:
-    found = [
-        first + i * step[0] + j * step[1]
-        for first, shape, step in strided_runs(np.array(sorted(positions), np.int64))
-        for i in range(shape[0])
-        for j in range(shape[1])
-    ]
-    assert sorted(found) == sorted(positions)
 
 
 MIXED = specs(
@@ -198,14 +183,6 @@ def test_each_dtype_has_a_code_of_its_own() -> None:
         expected = numbers(MIXED)[held[name]].flatten().tolist()
         assert (seen.kind, seen.ids.tolist()) == ("copy", expected), name
         assert seen.casts == ({held[name]} if name in casts else frozenset()), name
-    layout = decoded_layout(probed)
-    assert {name for name in layout.catalog.names if " as " in name} == {
-        "bias as F32",
-        "scale as F16",
-        "w8 as BF16",
-        "index as I64",
-    }
-    assert agree(layout, probed) == []
 
 
 def test_a_cast_that_blurs_is_computed() -> None:
@@ -240,10 +217,6 @@ def test_constants_and_what_nobody_writes() -> None:
         "left": "unwritten",
         "none": "empty",
     }
-    layout = decoded_layout(probed)
-    layout.prove_cover()
-    assert {c.fill for c in layout.constants if c.buffer == layout.buffer_names.index("minus")} == {b"\x80\xbf"}
-    assert agree(layout, probed) == []
 
 
 def test_tied_and_expanded_and_scattered_tensors() -> None:
@@ -268,7 +241,6 @@ def test_tied_and_expanded_and_scattered_tensors() -> None:
     assert part.ids.tolist() == numbers(MIXED)["w"].flatten().tolist()
     assert part.offset is not None
     assert part.offset.tolist() == [9 * i + j for i in range(4) for j in range(6)]
-    assert decoded_layout(probed).buffer_names == ("a", "wide", "part")
 
 
 def after(finish: Callable[[Plain], object], dtype: str = "BF16") -> tuple[str, str]:
@@ -335,10 +307,7 @@ def test_nibbles_are_followed_through_a_repack() -> None:
     assert probed.buffers["p"].ids.tolist() == nibbles.flatten().tolist()
     assert seen.ids.tolist() == nibbles.flip(1).flatten().tolist()
     assert probed.buffers["s"].kind == "copy"
-    layout = decoded_layout(probed)
-    assert [o.name for o in layout.opaques] == ["r"]
-    assert "boxes of 4-bit units: q[" in layout.opaques[0].reason
-    assert told_boxes(probed, seen) == layout.opaques[0].reason
+    assert "boxes of 4-bit units: q[" in told_boxes(probed, seen)
     assert probed.numbering.name(9) == "q[0, 1] bits 4:8"
 
 

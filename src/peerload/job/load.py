@@ -325,7 +325,7 @@ class _Run:
                 now = min(done, total)  # staging and second tries move more than is wanted
             self.job.on_bytes("transfer", now, total)
 
-        while len(wants) or wants.opaque:
+        while len(wants):
             try:
                 with self.phase("plan"):
                     plan = self.plan(wants)
@@ -336,7 +336,7 @@ class _Run:
             with self.phase("transfer"):
                 outcome = reader.read(plan, self.job.address, self.deadline, on_bytes)
             self._note(plan, outcome)
-            wants = plan.rest(outcome.undone, outcome.undone_opaques)
+            wants = plan.rest(outcome.undone)
 
     @property
     def _reserve(self) -> list[Offer]:
@@ -391,9 +391,6 @@ class _Run:
         number = self.ledger.numbers(replace(o.source, generation="") if o.source in reserve else o.source for o in plan.offers)
         done = np.setdiff1d(np.arange(len(plan)), outcome.undone)
         self.ledger.add(plan.wants.piece[plan.want[done]], plan.start[done], plan.stop[done], number[plan.offer[done]])
-        for row, offer, _ in plan.opaque:
-            if row not in outcome.undone_opaques:
-                self.ledger.opaques[row] = int(number[offer])
         self.wire_nbytes += outcome.wire_nbytes
         self.attached_nbytes += outcome.attached_nbytes
         self.operations += outcome.operations
@@ -612,7 +609,7 @@ def _of(layout: Layout, piece: IntArray, names: Collection[str]) -> BoolArray:
 def _without(wants: Wants, names: Collection[str]) -> Wants:
     """Less the boxes of these tensors."""
     kept = ~_of(wants.layout, wants.piece, names)
-    return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept], wants.opaque)
+    return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept])
 
 
 def _listed(rows: Sequence[object]) -> str:
