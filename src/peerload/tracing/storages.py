@@ -51,7 +51,9 @@ class Storages:
     def source(self, tensor: Tensor, name: str, start: Sequence[int]) -> None:
         """`tensor` stands for the box of checkpoint tensor `name` of its shape from index `start`."""
         self.logical.setdefault(name, (name, (tensor.dtype,)))
-        self.note(tensor, name).held.add([Held(name, tuple(start), view_of(tensor))] if tensor.numel() else [])
+        storage = self.note(tensor, name)
+        storage.label = name  # an active recorder has seen the tensor made
+        storage.held.add([Held(name, tuple(start), view_of(tensor))] if tensor.numel() else [])
 
     def watch(self, parameters: Mapping[str, Tensor]) -> None:
         """Tensors that exist before loading."""

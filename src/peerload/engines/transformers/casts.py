@@ -55,7 +55,7 @@ def as_stored(layout: Layout, casts: Mapping[str, str]) -> Layout:
         if len(found) > 1 or any(c.buffer == buffer for c in layout.constants):
             raise LayoutError(f"{layout.buffer_names[buffer]}: the engine casts a part of it, or constants, to {found[0][1]}")
         if not _FLOATS.issuperset(found[0]):
-            raise LayoutError(f"{layout.buffer_names[buffer]}: the engine casts {found[0][0]} to {found[0][1]}, not only loads it")
+            raise LayoutError(f"{layout.buffer_names[buffer]}: the engine casts {found[0][0]} to {found[0][1]}")
         nbytes[buffer] = nbytes[buffer] // here[rows[0]] * there[rows[0]]
     offset = pieces.offset // here * there
     stride = pieces.stride // here[:, None] * there[:, None]
