@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from peerload.coordinator.server import Coordinator, serve
 from peerload.testing.families import Family, Sizes, llama, qwen3_moe, write_family
-from peerload.tracing.recorder import DTYPES
+from peerload.tracing.dtypes import DTYPES
 
 DENSE = Sizes(hidden=1024, inter=2048, heads=8, kv_heads=2, head=128, vocab=4000, layers=4)
 SPARSE = Sizes(hidden=512, inter=1024, heads=4, kv_heads=2, head=128, vocab=4000, layers=2, experts=8, wide=512)

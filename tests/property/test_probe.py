@@ -16,6 +16,7 @@ from peerload.errors import ConfigError, LayoutError  # noqa: E402
 from peerload.model.boxes import Box  # noqa: E402
 from peerload.model.catalog import Catalog, Parallel, TensorSpec  # noqa: E402
 from peerload.model.layout import Constant, Layout, Piece, Pieces  # noqa: E402
+from peerload.tracing.dtypes import DTYPES  # noqa: E402
 from peerload.tracing.probe.agree import agree  # noqa: E402
 from peerload.tracing.probe.boxes import strided_boxes  # noqa: E402
 from peerload.tracing.probe.codes import RANDOM_PASSES, code_of, digit_passes, patterns_of  # noqa: E402
@@ -30,7 +31,7 @@ from peerload.tracing.probe.run import (  # noqa: E402
     groups_of,
     probe,
 )
-from peerload.tracing.recorder import DTYPES, Recorder, layout_of  # noqa: E402
+from peerload.tracing.trace import trace_loader  # noqa: E402
 
 common = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -418,13 +419,9 @@ def test_computed_values_depend_on_what_they_are_said_to_be_computed_from() -> N
 
 
 def traced(fill: Fill, build: Callable[[], Plain]) -> Layout:
-    recorder, model = Recorder(), build().to("meta")
-    parameters = dict(model.named_parameters())
-    recorder.watch(parameters)
-    with recorder:
-        sources = [(s.name, recorder.source(s.name, (0,) * len(s.shape), s.shape, DTYPES[s.dtype])) for s in MIXED]
-        model.load(sources, fill)
-    return layout_of(recorder, parameters, MIXED, parallel=Parallel(), rank=0, ignored={})
+    model = build().to("meta")
+    found = trace_loader(model, lambda weights: model.load(list(weights), fill), MIXED, parallel=Parallel(), rank=0, engine="toy")
+    return found.layout
 
 
 RIGHT: Fill = lambda w: {"p": torch.cat([w["w"][2:], w["w"][:2]]), "q": w["w8"].t(), "b": w["bias"][3:]}  # noqa: E731
