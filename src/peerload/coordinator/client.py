@@ -343,11 +343,10 @@ class CoordinatorClient:
         return _decided(reply, key)
 
     def abort(self, group: str, number: int, rank: int, size: int, reason: str, deadline: Deadline | None = None) -> None:
-        """Say no, so that every rank that waits in `agree` raises CommitError with this reason. Tries for `timeout_s` at most,
-        and no longer than until `deadline`."""
+        """Say no, so that every rank that waits in `agree` raises CommitError with this reason."""
         request = _vote(Round(group, number), rank, size, 0.0, self._epochs.get(group, ""))
         request.abort = reason[:_MAX_REASON]
-        self._agree(request, self._deadline(deadline).within(self._timeout_s), "aborting")
+        self._agree(request, self._deadline(deadline), "aborting")
 
     def _agree(self, request: pb.AgreeRequest, deadline: Deadline, doing: str, patience_s: float = math.inf) -> pb.AgreeReply:
         return self._retry(lambda stub, t: stub.Agree(request, timeout=t), deadline, doing, patience_s=patience_s)
