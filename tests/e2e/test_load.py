@@ -127,7 +127,7 @@ class TestSize:
         with closing(bare.arena), closing(LocalTransport(2)) as local, CoordinatorClient(url) as client:
             view = np.frombuffer(bare.arena.view(bare.arena.address + 4096, bare.arena.used_nbytes - 4096), np.uint8)
             view[:] = np.random.default_rng(0).integers(0, 256, view.size, np.uint8)
-            local.register(bare.regions("arena"))
+            local.register([bare.arena.region()])
             key = ModelKey("synthetic", "large")
             with Seed(bare.rank(key, Member("seed"), CONFIG, client, kept_open({"local": local}))):
                 command = [sys.executable, "-c", MEASURE, url, str(staging_nbytes)]

@@ -59,11 +59,11 @@ class TestAllOrNone:
 
             def one(number: int) -> None:
                 bare = BareRank.of(layout(MODEL, Parallel(tp=2), number))
+                rank = bare.rank(ModelKey(NAME[-1], MODEL.name), Member("target", number, 2, device), CONFIG, client)
+                if number == 1:
+                    changed = {"config": CONFIG.replace(transport=transport)} if transport else {"opening": kept_open({})}
+                    rank = replace(rank, device=device, **changed)
                 with closing(bare.arena), pytest.raises(PeerloadError) as caught:
-                    rank = bare.rank(ModelKey(NAME[-1], MODEL.name), Member("target", number, 2, device), CONFIG, client)
-                    if number == 1:
-                        changed = {"config": CONFIG.replace(transport=transport)} if transport else {"opening": kept_open({})}
-                        rank = replace(rank, device=device, **changed)
                     load(Job(rank))
                 heard.append((number, caught.value))
 
@@ -194,7 +194,7 @@ def holder(stack: ExitStack, made: Layout) -> tuple[IntArray, LocalTransport]:
     for name, address, nbytes in zip(made.buffer_names, bare.address.tolist(), made.buffer_nbytes.tolist(), strict=True):
         bare.arena.write(address, must[name][:nbytes].tobytes())
     local = stack.enter_context(closing(LocalTransport(1)))
-    local.register(bare.regions("arena"))
+    local.register([bare.arena.region()])
     return bare.address, local
 
 

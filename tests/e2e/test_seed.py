@@ -62,7 +62,7 @@ def rank() -> Iterator[BareRank]:
 @pytest.fixture
 def local(rank: BareRank) -> Iterator[LocalTransport]:
     with closing(LocalTransport(1)) as transport:
-        transport.register(rank.regions("arena"))
+        transport.register([rank.arena.region()])
         yield transport
 
 
@@ -191,7 +191,7 @@ class TestChainOfCustody:
             for rank, receipt in ranks:
                 assert len(receipt.digests) == len(rank.layout.pieces)
                 rank.arena.view(int(rank.address[0]), 1)[0] ^= 1
-                local.register(rank.regions("arena"))
+                local.register([rank.arena.region()])
             for rank, receipt in ranks:
                 stack.enter_context(
                     Seed(

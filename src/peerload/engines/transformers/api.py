@@ -73,25 +73,27 @@ def load(
 class ModelSeed:
     """A model on offer. `layout`: what this rank offers; `model`: under which name and revision."""
 
-    def __init__(self, this: _Opened, seed: Seed | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, this: _Opened, seed: Seed | None) -> None:
         self.layout: Layout = this.live.layout
         self.model: ModelKey = this.model
-        self._this, self._seed, self._group = this, seed, group
+        self._this, self._seed = this, seed
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Change the weights in place, on all ranks together: nobody can read the old ones once any rank is in the block,
         and the new ones are announced after it. If the block raises, this rank's weights are offered no more.
 
-        Raises ConfigError where the revision on offer is the checkpoint's own, which changed weights are not."""
+        Raises CommitError if another rank could not begin; ConfigError where the revision on offer is the checkpoint's own, which
+        changed weights are not."""
         if self._this.stands_for_disk:
             raise ConfigError(
                 f"{self.model} means the checkpoint on disk, and its weights are about to change",
                 next_step="set `revision` in the configuration to a name of these weights' own",
             )
-        with self._seed.changing() if self._seed is not None else ExitStack():
-            if self._this.member.size > 1:
-                dist.barrier(group=self._group)
+        with ExitStack() as stack:
+            with self._this.together():  # a rank that can't withdraw its old weights leaves no other waiting
+                if self._seed is not None:
+                    stack.enter_context(self._seed.changing())
             yield
             self._this.live.publish()
 
@@ -127,7 +129,7 @@ def seed(
             this.live.publish()
             if settings.source:
                 offered = stack.enter_context(_offer(this, settings, every=check == "all"))
-        yield ModelSeed(this, offered, group)
+        yield ModelSeed(this, offered)
 
 
 def _offer(this: _Opened, settings: Config, *, every: bool) -> Seed:
@@ -205,7 +207,7 @@ def _together(rank: int, size: int, group: dist.ProcessGroup | None) -> Iterator
             dist.all_gather_object(said, problem, group=group)
     for other, words in enumerate(said):
         if words is not None:
-            raise CommitError(f"rank {other} gave up before the load began, so rank {rank} does: {words}")
+            raise CommitError(f"rank {other} gave up, so rank {rank} does: {words}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class PeerloadLoader(BaseModelLoader):
             engine_loader=checked_loader,
             known_as=model_config.model,
         )
-        atexit.register(self._worker.close)
+        atexit.register(self._worker.close)  # a loader hears nothing of its worker's end
         self._worker.load(model)
 
     def _directory(self, model_config: ModelConfig) -> Path:
