@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError
-from ..job.load import Job, Member, load
+from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError, reason_of
+from ..job.exchange import Group
+from ..job.load import Job, load
+from ..job.rank import Member, Rank
 from ..job.seed import Seed
 from ..memory.placing import placed, regions_for
 from ..memory.region import Region
-from ..memory.space import space_on
 from ..model.catalog import Catalog, ModelKey, Parallel, is_derived
 from ..receipt import Receipt, readable
 from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
-from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
 
@@ -98,12 +98,16 @@ class Identity:
     def instance(self) -> str:
         return self.launch.instance
 
+    @property
+    def member(self) -> Member:
+        return Member(self.instance, self.rank, self.size, self.launch.number)
+
 
 class Worker:
     """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
 
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
-    engine calls the model, a name or a path. load_weights: the model's own loader, as the engine calls it. finish: what the
+    engine calls the model, a name or a path. engine_loader: the model's own loader, as the engine calls it. finish: what the
     engine computes out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there;
     None if it has no such step."""
 
@@ -113,12 +117,12 @@ class Worker:
         config: Config,
         directory: Callable[[], Path],
         *,
-        load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
+        engine_loader: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
         known_as: str = "",
     ) -> None:
         self._identity, self._config, self._find, self._known_as = identity, config, directory, known_as
-        self._load_weights, self._finish = load_weights, finish
+        self._engine_loader, self._finish = engine_loader, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
 
@@ -140,16 +144,16 @@ class Worker:
                 log.exception(
                     "peerload: rank %d failed", self._identity.rank
                 )  # ours or the engine's bug, and no reason not to serve
-            raise NotFollowed("; ".join(map(str.strip, _reason(error).splitlines()))[:_REASON]) from error
+            raise NotFollowed("; ".join(map(str.strip, reason_of(error).splitlines()))[:_REASON]) from error
 
     def _load(self, model: nn.Module) -> Receipt:
         deadline = Deadline.after(self._config.deadline_s)
-        with ExitStack() as stack:
-            with self._together(deadline) as loading:
-                key, catalog, checkpoint = self._source(deadline)
+        with CoordinatorClient(self._config.url) as client:
+            with self._together(client, deadline) as loading:
+                key, catalog, checkpoint = self._source(client, deadline)
                 loading.append(str(key))
                 traced = self._trace(model, catalog)
-                job = self._job(model, key, checkpoint, traced, deadline, stack)
+                job = self._job(model, key, checkpoint, traced, deadline, client)
             receipt = load(job)
         self._report(receipt)
         if self._loaded is not None:
@@ -182,23 +186,10 @@ class Worker:
             return None
         client = self._stack.enter_context(CoordinatorClient(self._config.url))
         self._stack.callback(offered.memory.clear)  # after the transports, which read it
-        transports = self._stack.enter_context(opened_transports(self._config, loaded.space.device))
-        for transport in transports.values():
-            transport.register(_regions(offered.memory, self._config))
-        seed = Seed(
-            key,
-            offered.layout,
-            offered.address,
-            coordinator=client,
-            transports=transports,
-            instance=self._identity.instance,
-            files=self._files(),
-            attributes={"engine": self._identity.engine},
-            space=loaded.space,
-            digests=self._config.verifies,
-            proven=offered.proven,
-            threads=self._config.threads,
-        )
+        regions = _regions(offered.memory, self._config)
+        member, device = self._identity.member, loaded.space.device
+        rank = Rank(key, offered.layout, offered.address, regions, member, self._config, client, device)
+        seed = Seed(rank, files=self._files(), attributes={"engine": self._identity.engine}, proven=offered.proven)
         self._stack.enter_context(seed)
         self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
         return seed
@@ -208,27 +199,17 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline) -> Iterator[list[str]]:
+    def _together(self, client: CoordinatorClient, deadline: Deadline) -> Iterator[list[str]]:
         """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
         for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
         who, loading = self._identity, list[str]()
-        if who.size == 1:
+        group = Group(f"{who.member.group}/begin", who.rank, who.size, client, deadline)
+        try:
             yield loading
-            return
-        group = f"{who.instance}/{who.launch.number}/begin"
-        with CoordinatorClient(self._config.url) as client:
-            try:
-                yield loading
-            except BaseException as error:
-                try:
-                    client.abort(group, 0, who.rank, who.size, _reason(error))
-                except PeerloadError as unheard:
-                    log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
-                raise
-            try:
-                heard = client.agree(group, 0, who.rank, who.size, "".join(loading).encode(), deadline)
-            except CommitError as error:
-                raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
+            heard = group.tell("".join(loading).encode())
+        except BaseException as error:
+            group.abort(error)
+            raise
         for rank, said in enumerate(heard):
             if said != heard[0]:
                 raise CommitError(
@@ -244,7 +225,7 @@ class Worker:
         except ConfigError:
             return {}
 
-    def _source(self, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+    def _source(self, client: CoordinatorClient, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config, launch = self._config, self._identity.launch
@@ -259,20 +240,19 @@ class Worker:
             return key, checkpoint.catalog, checkpoint
         key = ModelKey(config.model_name, config.revision)
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
-        with CoordinatorClient(config.url) as client:
-            try:
-                offers = client.wait_for(key, deadline.within(config.wait_s), bool)
-            except DeadlineExceeded as error:
-                raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
+        try:
+            offers = client.wait_for(key, deadline.within(config.wait_s), bool)
+        except DeadlineExceeded as error:
+            raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
         return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None
 
     def _trace(self, model: nn.Module, catalog: Catalog) -> Traced:
         begun_s, who = time.perf_counter(), self._identity
 
-        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> object:
-            return self._load_weights(model, weights)
+        def feed(weights: Iterable[tuple[str, Tensor]]) -> object:
+            return self._engine_loader(model, weights)
 
-        traced = trace_loader(model, load_weights, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
+        traced = trace_loader(model, feed, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
         require_covered(traced, model, who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
@@ -293,14 +273,19 @@ class Worker:
         return traced
 
     def _job(
-        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced, deadline: Deadline, stack: ExitStack
+        self,
+        model: nn.Module,
+        key: ModelKey,
+        checkpoint: Checkpoint | None,
+        traced: Traced,
+        deadline: Deadline,
+        client: CoordinatorClient,
     ) -> Job:
-        """This rank's load, with everything open that it needs until `stack` is closed."""
-        who, config = self._identity, self._config.replace(deadline_s=deadline.remaining_s)
+        """This rank's load, which keeps what is left of the deadline."""
+        config = self._config.replace(deadline_s=deadline.remaining_s)
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
-        device = device_of(tensors)
-        space_on(device)  # a device that can't be used is found out here, not between votes
+        regions, member, device = _regions(tensors, config), self._identity.member, device_of(tensors)
 
         def complete(left: tuple[str, ...]) -> None:
             if left:
@@ -313,14 +298,7 @@ class Worker:
                 self._finish(model)
 
         return Job(
-            key,
-            traced.layout,
-            address,
-            _regions(tensors, config),
-            Member(who.instance, who.rank, who.size, who.launch.number),
-            stack.enter_context(opened_transports(config, device)),
-            config,
-            coordinator=stack.enter_context(CoordinatorClient(config.url)),
+            Rank(key, traced.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
             on_bytes=_Progress(self._say),
@@ -339,7 +317,7 @@ class Worker:
             self._identity.engine,
             len(wanted),
         )
-        self._load_weights(model, _stored(checkpoint, wanted))
+        self._engine_loader(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
         """What came from where, how fast, and whether it is proven."""
@@ -392,10 +370,6 @@ def free_given_up() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    return error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
 
 
 def _regions(tensors: Iterable[Tensor], config: Config) -> list[Region]:
