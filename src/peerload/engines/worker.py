@@ -41,6 +41,7 @@ from ..tracing.trace import Traced, trace_loader
 from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
+from .versions import warn_unless_tested
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ class Worker:
             raise NotFollowed("; ".join(map(str.strip, _reason(error).splitlines()))[:_REASON]) from error
 
     def _load(self, model: nn.Module) -> Receipt:
+        if self._identity.rank == 0:
+            warn_unless_tested(self._identity.engine)
         deadline = Deadline.after(self._config.deadline_s)
         with ExitStack() as stack:
             with self._together(deadline) as loading:
