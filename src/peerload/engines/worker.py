@@ -41,6 +41,7 @@ from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
+from .versions import warn_unless_tested
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,8 @@ class Worker:
             raise NotFollowed("; ".join(map(str.strip, reason_of(error).splitlines()))[:_REASON]) from error
 
     def _load(self, model: nn.Module) -> Receipt:
+        if self._identity.rank == 0:
+            warn_unless_tested(self._identity.engine)
         deadline = Deadline.after(self._config.deadline_s)
         with CoordinatorClient(self._config.url) as client:
             with self._together(client, deadline) as loading:

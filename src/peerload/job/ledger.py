@@ -46,7 +46,6 @@ class Ledger:
         self.layout = layout
         self._number: dict[SourceId, int] = {}
         self.rows = Rows.of(none, boxes, boxes, none)
-        self.opaques: dict[int, int] = {}  # row of the layout's opaques -> source number
 
     @property
     def sources(self) -> tuple[SourceId, ...]:
@@ -77,9 +76,6 @@ class Ledger:
         n = len(self._number)
         nbytes, count = np.zeros(n, np.int64), np.bincount(self.rows.source, minlength=n)
         np.add.at(nbytes, self.rows.source, self.nbytes)
-        for row, source in self.opaques.items():
-            nbytes[source] += self.layout.opaques[row].nbytes
-            count[source] += 1
         found: dict[str, Read] = {}
         for name, size, operations in zip(map(str, self._number), nbytes.tolist(), count.tolist(), strict=True):
             if operations:

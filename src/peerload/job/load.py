@@ -129,7 +129,7 @@ class _Run:
                 now = min(done, total)  # staging and second tries move more than is wanted
             self._job.on_bytes("transfer", now, total)
 
-        while len(wants) or wants.opaque:
+        while len(wants):
             try:
                 with self.tally.phase("plan"):
                     plan = self.plan(wants)
@@ -140,7 +140,7 @@ class _Run:
             with self.tally.phase("transfer"):
                 outcome = reader.read(plan, self._rank.address, self._deadline, on_bytes)
             self._note(plan, outcome)
-            wants = plan.rest(outcome.undone, outcome.undone_opaques)
+            wants = plan.rest(outcome.undone)
 
     def plan(self, wants: Wants) -> Plan:
         """What has come of the derived tensors that are left to the caller counts for nothing: it makes them whole."""
@@ -154,9 +154,6 @@ class _Run:
         number = self.ledger.numbers(replace(o.source, generation="") if o.source in reserve else o.source for o in plan.offers)
         done = np.setdiff1d(np.arange(len(plan)), outcome.undone)
         self.ledger.add(plan.wants.piece[plan.want[done]], plan.start[done], plan.stop[done], number[plan.offer[done]])
-        for row, offer, _ in plan.opaque:
-            if row not in outcome.undone_opaques:
-                self.ledger.opaques[row] = int(number[offer])
         self.tally.add(outcome)
 
     def refreshed(self, skewed: Collection[str]) -> Wants:
