@@ -18,7 +18,7 @@ import peerload
 from peerload.coordinator.client import CoordinatorClient
 from peerload.engines.checkpoint import Checkpoint
 from peerload.errors import ConfigError
-from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running, spoil
+from peerload.testing.models import Spec, check, fail, halved, jam, lack, load, offer, results, running, spoil
 
 pytestmark = pytest.mark.e2e
 
@@ -188,6 +188,15 @@ def test_if_one_ranks_weights_differ_no_rank_is_a_seed(url: str, models: Path) -
     assert second[0] == "ConfigError"
     assert second[1].startswith("model.norm.weight[")
     assert "on rank 1" in second[1]
+
+
+def test_if_one_rank_cannot_begin_a_change_no_rank_waits_for_it(url: str, models: Path) -> None:
+    config = {"url": url, "revision": "jammed"}
+    first, second = results(jam, Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config=config))
+    assert first[0] == "CommitError"
+    assert f"rank 1 gave up, so rank 0 does: {second[0]}" in first[1]
+    assert second[0]
+    assert "llama@jammed" not in offered(url)
 
 
 def test_without_a_checkpoint_weights_need_a_revision(url: str, models: Path) -> None:

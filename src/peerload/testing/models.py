@@ -142,6 +142,20 @@ def spoil(spec: Spec, link: Connection) -> None:
         link.send((type(error).__name__, str(error)))
 
 
+def jam(spec: Spec, link: Connection) -> None:
+    """Change the weights of a seed of which rank 1 can't withdraw the old ones: what each rank raises."""
+    model = built(spec)
+    try:
+        with peerload.seed(model, spec.config) as seed:
+            if dist.get_rank() == 1:
+                assert seed._seed is not None, "it is a source"
+                seed._seed._fence.close()
+            with seed.changing():
+                link.send(("", "it succeeds"))
+    except Exception as error:
+        link.send((type(error).__name__, str(error)))
+
+
 def fail(spec: Spec, link: Connection) -> None:
     """A load that can't succeed: what each rank raises."""
     _try(built(spec), spec, link)
