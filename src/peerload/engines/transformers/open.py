@@ -35,6 +35,7 @@ from ...tracing.described import Describer
 from ...tracing.dtypes import DTYPES
 from ...tracing.recorder import Recorder
 from ...tracing.storages import view_of
+from ...tracing.trace import uncollected
 from ...tracing.views import View
 from ..checkpoint import ModelFiles
 from .aliases import with_aliases
@@ -215,7 +216,7 @@ def _load(
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
         # A recorder sees its own thread only.
-        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), recorder:
+        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), uncollected(), recorder:
             loaded: Any = kind.from_pretrained(
                 None,
                 config=config,
