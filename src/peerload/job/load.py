@@ -41,7 +41,8 @@ from ..model.boxes import BoolArray, IntArray
 from ..model.catalog import ModelKey, is_derived
 from ..model.layout import Layout
 from ..model.offer import Offer, SourceId
-from ..planning.plan import Plan, Wants, make_plan
+from ..planning.plan import Plan, make_plan
+from ..planning.wants import Wants
 from ..receipt import Read, Receipt
 from ..transport.base import Transport
 from ..transport.process import boot_id
