@@ -65,8 +65,8 @@ class Proof:
 
     def copies_lie_in_wants(self) -> None:
         low, high = self.wants.start[self.want], self.wants.stop[self.want]
-        outside = (self.start < low) | (self.stop > high) | (self.start >= self.stop)
-        self._refuse(outside.any(axis=1), "lies outside the wanted box")
+        outside = np.any((self.start < low) | (self.stop > high) | (self.start >= self.stop), axis=1)
+        self._refuse(outside, "lies outside the wanted box")
 
     def tensors_are_the_wanted(self, offer: Offer, rows: IntArray, ours_of: IntArray) -> None:
         """Copies `rows`, all of this offer, read pieces it has, of the wanted tensor, in its dtype. ours_of: see `rows_in`."""
@@ -87,7 +87,7 @@ class Proof:
         low, high = np.zeros((len(rows), width), np.int64), np.ones((len(rows), width), np.int64)
         low[:, width - common :] = pieces.start[self.piece[rows], -common:]
         high[:, width - common :] = pieces.stop[self.piece[rows], -common:]
-        outside = ((self.start[rows] < low) | (self.stop[rows] > high)).any(axis=1)
+        outside = np.any((self.start[rows] < low) | (self.stop[rows] > high), axis=1)
         self._refuse(outside, f"lies outside the piece that {offer.source} holds", rows)
 
     def all_is_written_once(self) -> None:
