@@ -34,7 +34,8 @@ from ..model.catalog import Parallel
 from ..model.layout import Layout
 from ..model.offer import Binding, Offer, SourceId
 from ..planning.lower import Lowered, lower
-from ..planning.plan import Plan, box_text, make_plan
+from ..planning.plan import Plan, make_plan
+from ..planning.wants import box_text
 from ..transport.base import Limits
 from ..transport.files import FilesTransport
 from ..transport.local import LocalTransport

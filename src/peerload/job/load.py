@@ -19,7 +19,8 @@ from ..errors import ConfigError, PlanError, SourcesExhausted
 from ..integrity.verdict import State, Verdict
 from ..model.boxes import BoolArray, IntArray
 from ..model.offer import Offer
-from ..planning.plan import Plan, Wants
+from ..planning.plan import Plan
+from ..planning.wants import Wants
 from ..receipt import Receipt
 from ..transport.base import Transport
 from .exchange import Group
