@@ -165,8 +165,7 @@ def probe(
     digits = digit_passes(int(numbering.start[-1]), codes)
     last, every = digits + RANDOM_PASSES - 1, frozenset(catalog.names)
     held = [*([every] * (last + 1)), *groups]
-    seen: list[dict[str, _Read]] = []
-    left: list[dict[str, _Read]] = []
+    seen, left = list[dict[str, _Read]](), list[dict[str, _Read]]()
     made: dict[str, Patterns] = {}
     for turn, own in enumerate(held):
         number, model = min(turn, last), build()
