@@ -18,7 +18,7 @@ from threading import Event, Lock, Thread
 import numpy as np
 import numpy.typing as npt
 
-from ..coordinator.client import CoordinatorClient, Lease
+from ..coordinator.client import CoordinatorClient, Granted
 from ..deadline import Deadline
 from ..errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from ..integrity.digest import PRIME
@@ -88,7 +88,7 @@ class Seed:
         self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
         self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
         self._offer: Offer | None = None
-        self._lease: Lease | None = None
+        self._lease: Granted | None = None
         self._fence = space.fence()
         for transport in transports.values():
             transport.register([self._fence.region()])
@@ -221,7 +221,7 @@ class Seed:
                 log.warning("peerload: %s is not offered over %s: %s", self._instance, name, error.message)
         return tuple(found)
 
-    def _announce(self) -> Lease:
+    def _announce(self) -> Granted:
         return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)
 
     def _enlarge(self) -> None:
