@@ -18,7 +18,7 @@ from threading import Event, Lock, Thread
 import numpy as np
 import numpy.typing as npt
 
-from ..coordinator.client import Lease
+from ..coordinator.client import Granted
 from ..deadline import Deadline
 from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from ..integrity.digest import PRIME
@@ -75,7 +75,7 @@ class Seed:
         self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{rank.layout.rank}", daemon=True)
         self._offer: Offer | None = None
         self._asked = False  # to be announced: the coordinator may offer us, even if its answer was lost
-        self._lease: Lease | None = None
+        self._lease: Granted | None = None
         self._closing = ExitStack()
 
     @property
