@@ -279,7 +279,7 @@ class SlowToHear(CoordinatorClient):
 class Unheard(CoordinatorClient):
     """The coordinator takes every announcement, and its answer is lost."""
 
-    def announce(self, *args: Any, **more: Any) -> Lease:
+    def announce(self, *args: Any, **more: Any) -> Granted:
         super().announce(*args, **more)
         raise DeadlineExceeded("the answer did not come")
 

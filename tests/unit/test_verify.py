@@ -22,7 +22,7 @@ from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Offer, SourceId
 from peerload.planning.plan import Plan, make_plan
 from peerload.receipt import Read, Receipt
-from peerload.testing.layouts import Held, Model, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
+from peerload.testing.layouts import Model, Storing, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -128,11 +128,11 @@ def test_the_digest_of_a_whole_load_does_not_depend_on_either_layout() -> None:
 
 
 MODELS = {
-    "mla, block scales": tiny_deepseek(Held("fp8_block", block=4, vocabulary=4)),
-    "moe, block scales": tiny_qwen3_moe(Held("fp8_block", block=4, vocabulary=4)),
+    "mla, block scales": tiny_deepseek(Storing("fp8_block", block=4, vocabulary=4)),
+    "moe, block scales": tiny_qwen3_moe(Storing("fp8_block", block=4, vocabulary=4)),
     "stacked experts": tiny_qwen3_moe(stacked=True),
     "tied, biases": tiny_llama(tied=True, bias=True),
-    "per channel, transposed": tiny_llama(Held("fp8_channel", vocabulary=4, transposed=True)),
+    "per channel, transposed": tiny_llama(Storing("fp8_channel", vocabulary=4, transposed=True)),
 }
 ARRANGED = [
     (Parallel(2, 1, 2), Parallel(4, 1, 4)),

@@ -305,7 +305,7 @@ class Worker:
             Rank(key, traced.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
-            on_bytes=_Progress(self._say),
+            on_bytes=_ProgressLine(self._say),
             complete=complete,
         )
 
@@ -355,7 +355,7 @@ class Worker:
         log.log(logging.INFO if self._identity.rank == 0 else logging.DEBUG, f"peerload: {text}", *values)
 
 
-class _Progress:
+class _ProgressLine:
     """A line now and then."""
 
     def __init__(self, say: Callable[..., None]) -> None:
