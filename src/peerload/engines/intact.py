@@ -84,7 +84,7 @@ class Loaded:
 
     def offered(self, model: nn.Module, *, threads: int) -> Offered:
         """What is left of it in `model`, in place, or else in our copies. Gives up the copies that aren't needed."""
-        alive = _Memory(model, self.space.device)
+        alive = _Spans(model, self.space.device)
         found: dict[int, Tensor] = {}
         for row, (address, nbytes) in enumerate(zip(self.address.tolist(), self.layout.buffer_nbytes.tolist(), strict=True)):
             memory = alive.at(address, nbytes)
@@ -131,7 +131,7 @@ def device_of(tensors: list[Tensor]) -> str:
     return devices.pop()
 
 
-class _Memory:
+class _Spans:
     """The memory that a model's tensors keep alive on one device."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
