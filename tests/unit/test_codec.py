@@ -89,7 +89,7 @@ def test_an_offer_comes_back_as_it_went(digests: bool) -> None:
     catalog = codec.decode_catalog(next(b.data for b in sent.values() if b.kind is codec.Kind.CATALOG))
     layout = codec.decode_layout(sent[message.layout].data, {blobs[0].digest: catalog}.__getitem__)
     same_layout(offer.layout, layout)
-    column = codec.decode_digests(sent[message.digests].data) if message.digests else None
+    column = codec.decode_digests(sent[message.digests].data)[0] if message.digests else None
     back = codec.decode_offer(pb.Announcement.FromString(message.SerializeToString()), layout, column)
     for field in ("source", "endpoints", "fence_address", "host", "attributes"):
         assert getattr(back.binding, field) == getattr(offer.binding, field)
@@ -251,6 +251,13 @@ def test_a_bad_announcement_is_refused_by_field(fault: Callable[[pb.Announcement
     with pytest.raises(ManifestError) as caught:
         codec.decode_record(message)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("algorithm", ["", "m61\n1", "m" * 65])
+def test_digests_name_their_algorithm(algorithm: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        codec.decode_digests(pb.Digests(piece=bytes(8), algorithm=algorithm).SerializeToString())
+    assert caught.value.field == "digests.algorithm"
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/etc/passwd", "a\\b", "C:x", "a\0b", "n" * 256])

@@ -350,6 +350,8 @@ def test_measurements_survive_the_exchange_and_foreign_ones_are_refused() -> Non
     assert not compare(claims(), none).mismatches
     with pytest.raises(VerifyError, match="another list of tensors"):
         Measured.decode(held.encode(), Catalog.of([GRID[0], TensorSpec("norm", "F32", (9,))]))
+    with pytest.raises(VerifyError, match="by another digest than m61-1: 'm89-1'"):
+        Measured.decode(held.encode().replace(b"m61-1", b"m89-1"), GRID)
     for data in (b"", b"PLM1", held.encode()[:-9], held.encode()[:40], b"X" + held.encode()[1:], bytes(200)):
         with pytest.raises(VerifyError):
             Measured.decode(data, GRID)

@@ -268,8 +268,8 @@ class CoordinatorClient:
     def _offer(self, message: pb.Announcement, deadline: Deadline) -> Offer | None:
         fetch = self._fetching(deadline)
         try:
-            digests = self._blobs.digests(message.digests, fetch) if message.digests else None
-            return codec.decode_offer(message, self._blobs.layout(message.layout, fetch), digests)
+            digests = self._blobs.digests(message.digests, fetch) if message.digests else (None,)
+            return codec.decode_offer(message, self._blobs.layout(message.layout, fetch), *digests)
         except (ManifestError, BlobMissing) as error:
             log.warning("left out %s, whose offer can't be read: %s", codec.decode_source(message.source), error)
             return None

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ManifestError, VerifyError
 from ..model.boxes import IntArray, pad_left, volumes
 from ..model.catalog import Catalog, TensorSpec, is_derived
-from ..model.offer import Offer, SourceId
+from ..model.offer import ALGORITHM, Offer, SourceId
 from .digest import PRIME, DigestArray, tensor_keys
 
 _MAGIC: Final = b"PLM1"
@@ -135,7 +135,8 @@ class Measured:
         """For the exchange between ranks: about 10 bytes a row, the digests above all."""
         common, derived = _split(self.catalog)
         sources = [(s.instance, s.rank, s.generation) for s in self.sources]
-        head = {"rows": len(self), "catalog": _fingerprint(common), "derived": derived, "sources": sources}
+        fingerprint = _fingerprint(common)
+        head = {"algorithm": ALGORITHM, "rows": len(self), "catalog": fingerprint, "derived": derived, "sources": sources}
         text = json.dumps(head).encode()
         tensor = _rows_of(Catalog.of([*common, *derived]), self.catalog)[self.tensor] if derived else self.tensor
         table = np.column_stack([self.rank, tensor, self.source, self.start, self.stop]).astype("<i8")
@@ -152,6 +153,8 @@ class Measured:
             (size,) = struct.unpack_from("<I", data, len(_MAGIC))
             at = len(_MAGIC) + 4 + size
             head = json.loads(data[at - size : at])
+            if head["algorithm"] != ALGORITHM:
+                raise VerifyError(f"a rank measured by another digest than {ALGORITHM}: {head['algorithm']!r:.80}")
             n, theirs = max(0, int(head["rows"])), head["catalog"]
             sources = tuple(SourceId(str(name), int(number), str(generation)) for name, number, generation in head["sources"])
             digest = np.frombuffer(data, "<u8", n, at).astype(np.uint64)

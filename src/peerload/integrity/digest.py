@@ -20,6 +20,8 @@ What it catches. Arithmetic is in a field, so a product is zero only if a factor
 What it doesn't. A and B are fixed and public: a guard against accidents, not against somebody who computes a collision.
 All-zero data has digest 0, and so have no bytes at all: whether bytes are missing is for the comparison to count.
 
+Announcements and measurements name this algorithm (`model.offer.ALGORITHM`): numbers of two algorithms are never compared.
+
 On a GPU: with the limbs of B (21 bits each) a segment's three sums fit a signed 64-bit integer, so that plain int64 tensor
 operations do; tests/property/test_digest.py has it in torch.
 """

@@ -21,7 +21,7 @@ from ..errors import (
 )
 from ..integrity.verdict import Verdict
 from ..model.catalog import is_derived
-from ..model.offer import Offer, SourceId
+from ..model.offer import ALGORITHM, Offer, SourceId
 from ..planning.plan import Plan, make_plan
 from ..planning.wants import Wants
 from ..transport.base import Transport
@@ -164,6 +164,9 @@ class Sources:
         """Why an offer can't be read from here, or an empty string."""
         if any(offer.source == own.source for own in self._own):  # its failure would be taken for the checkpoint's
             return "announces itself under the name of this host's own checkpoint"
+        if self._rank.config.verifies and offer.binding.algorithm != ALGORITHM:
+            unknown = f"announces digests by algorithm {offer.binding.algorithm}, which this release doesn't know"
+            return f"{unknown}: it knows {ALGORITHM} (run the same release on both sides, or set verify to off here)"
         if self._rank.config.verifies and offer.binding.digests is None:
             return "announces no digests, so nothing would prove its bytes (start it with verify on, or set verify to off here)"
         ours, theirs = self._transports, [e.transport for e in offer.binding.endpoints]
