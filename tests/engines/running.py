@@ -18,7 +18,7 @@ TOKENS = 12
 #: How long an engine may take to start or to answer. A start takes half a minute on an idle machine.
 ANSWER_S = 500.0
 #: How much of its log an error shows, characters: the reason often stands far from the end.
-TAIL = 8000
+TAIL = 20_000
 
 
 class EngineProcess(Child):
