@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engines"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engines" / "vllm"))
 
 import torch
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 from peerload.coordinator.server import Coordinator, serve
 from peerload.testing.families import Family, Sizes, llama, qwen3_moe, write_family
+from peerload.testing.processes import ChildDied
 from peerload.tracing.dtypes import DTYPES
 
 DENSE = Sizes(hidden=1024, inter=2048, heads=8, kv_heads=2, head=128, vocab=4000, layers=4)
@@ -70,11 +72,7 @@ class Case:
     def start_seed(self, tp: int) -> None:
         coordinator = self.coordinators[tp] = self._stack.enter_context(serve("127.0.0.1:0"))
         config = {"url": coordinator.address, "retain_bytes": RETAIN_NBYTES}
-        seed = self._stack.enter_context(Vllm(self.directory, tp, config, gpu=True, **arguments(self._large)))
-        try:
-            seed.wait()
-        finally:
-            (self.out / f"{self.family}-seed-tp{tp}.log").write_text(seed.log)
+        self._stack.enter_context(self._start(f"seed-tp{tp}", tp, config)).wait()
 
     def run_target(self, seed_tp: int, tp: int) -> None:
         row: dict[str, object] = {"engine": f"vllm {vllm.__version__}", "model": str(self.family), "seed_tp": seed_tp, "tp": tp}
@@ -82,7 +80,7 @@ class Case:
         try:
             config = {"url": self.coordinators[seed_tp].address, "source": False}
             ran = self._run(f"target-tp{seed_tp}-tp{tp}", tp, config)
-        except (AssertionError, KeyError) as error:
+        except (ChildDied, OSError, KeyError) as error:
             row["failed"] = repr(error)[-300:]
             return
         stock = self.stock[tp]
@@ -100,14 +98,14 @@ class Case:
 
     def _run(self, name: str, tp: int, config: dict[str, object] | None) -> Ran:
         begun_s = time.monotonic()
-        running = Vllm(self.directory, tp, config, gpu=True, **arguments(self._large))
-        try:
-            with running:
-                running.wait()
-                seconds = time.monotonic() - begun_s
-                return Ran(running.sha256(), running.tokens(), running.log, seconds)
-        finally:
-            (self.out / f"{self.family}-{name}.log").write_text(running.log)
+        with self._start(name, tp, config) as running:
+            running.wait()
+            seconds = time.monotonic() - begun_s
+            return Ran(running.sha256(), running.tokens(), running.log, seconds)
+
+    def _start(self, name: str, tp: int, config: dict[str, object] | None) -> Vllm:
+        log = self.out / f"{self.family}-{name}.log"
+        return Vllm(self.directory, tp, config, gpu=True, log=log, **arguments(self._large))
 
 
 def write_large(directory: Path, family: Family) -> None:

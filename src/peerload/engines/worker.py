@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -85,6 +85,16 @@ class Launch(NamedTuple):
             raise kind(self.alone, next_step="start it, or give its url")
 
 
+class World(Protocol):
+    """The engine's own group of all ranks of the instance."""
+
+    rank_in_group: int
+    world_size: int
+
+    def broadcast_object(self, value: object) -> Any:  # noqa: ANN401 - what rank 0 gives
+        """The value of rank 0, on every rank. Collective."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Which rank of which instance this is. `engine` is its name and version, as in "vllm 0.32.0"."""
@@ -94,6 +104,12 @@ class Identity:
     parallel: Parallel
     rank: int
     size: int
+
+    @classmethod
+    def agreed(cls, engine: str, config: Config, world: World, parallel: Parallel) -> Self:
+        """This process's, with the launch that rank 0 tells all. Collective: all ranks of the instance call it."""
+        launch = world.broadcast_object(Launch.now(config) if world.rank_in_group == 0 else None)
+        return cls(engine, Launch(*launch), parallel, world.rank_in_group, world.world_size)
 
     @property
     def instance(self) -> str:

@@ -19,7 +19,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ...config import Config
 from ...errors import ConfigError, LayoutError
 from ...model.catalog import Parallel
-from ..worker import Identity, Launch, NotFollowed, Worker, free_given_up
+from ..checkpoint import found_or_downloaded
+from ..worker import Identity, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
 
@@ -102,22 +103,19 @@ class PeerloadLoader(BaseModelLoader):
         self._worker.load(model)
 
     def _directory(self, model_config: ModelConfig) -> Path:
-        """The checkpoint, downloaded if it has to be; where the configuration says which seeds to look for, it hasn't."""
-        directory = Path(model_config.model)
-        if directory.is_dir() or (self._config.model_name and self._config.revision):
-            return directory
-        return Path(self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0])
+        def download() -> str:
+            return self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0]
+
+        return found_or_downloaded(model_config.model, self._config, download)
 
 
 def identity(whole: VllmConfig, config: Config) -> Identity:
     """This worker among all that share its world. A collective call."""
-    group = get_world_group()
-    launch = Launch(*group.broadcast_object(Launch.now(config) if group.rank_in_group == 0 else None))
     sizes = whole.parallel_config
     tp, pp = sizes.tensor_parallel_size, sizes.pipeline_parallel_size
     ep = tp * sizes.data_parallel_size if sizes.enable_expert_parallel else 1
     parallel = Parallel(tp=tp, pp=pp, ep=ep)
-    return Identity(f"vllm {vllm.__version__}", launch, parallel, group.rank_in_group, group.world_size)
+    return Identity.agreed(f"vllm {vllm.__version__}", config, get_world_group(), parallel)
 
 
 def _moving(whole: VllmConfig) -> str:
