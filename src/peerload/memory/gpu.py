@@ -9,12 +9,12 @@ from typing import Final
 import numpy as np
 
 from ..integrity.digest import DigestArray, cut_boxes, fold, tensor_keys
-from ..model.boxes import IntArray
+from ..model.boxes import IntArray, volumes
 from ..model.catalog import Catalog
 from ..model.layout import Constant
 from ..model.offer import FENCE_NBYTES
+from ..native.tables import LARGEST_NBYTES, DigestRows
 from ..planning.batch import LEVELS, Batch
-from .cuda import digest
 from .cuda.driver import Device
 from .cuda.mover import Mover, Pinned, gather, kinds, packed, portions
 from .cuda.tables import Lane
@@ -88,14 +88,14 @@ class CudaSpace:
             raise ValueError("a box is empty or lies outside its tensor")
         if n == 0:
             return np.zeros(0, np.uint64)
-        columns = cut_boxes((np.arange(n), tensor, start, stop, address, stride), catalog.itemsize[tensor], digest.LARGEST_NBYTES)
-        slot, tensor, start, stop, address, stride = columns
-        table, tiles = digest.rows_of(
-            slot, tensor_keys(catalog)[tensor], catalog.itemsize[tensor], catalog.shape[tensor], start, stop, address, stride
-        )
+        columns = (np.arange(n), tensor, start, stop, address, stride)
+        itemsize = catalog.itemsize[tensor]
+        if int((volumes(start, stop) * itemsize).max()) > LARGEST_NBYTES:
+            columns = cut_boxes(columns, itemsize, LARGEST_NBYTES)
+        boxes = DigestRows(tensor_keys(catalog), catalog.shape, catalog.itemsize, *columns)
         self._device.synchronize()
         with self._mover.lane() as lane:
-            sums = self._mover.digest(lane, table, tiles, n).view(np.uint64)
+            sums = self._mover.digest(lane, boxes, n).view(np.uint64)
         return fold(sums[:, 0], sums[:, 1])
 
     def fence(self) -> CudaFence:
