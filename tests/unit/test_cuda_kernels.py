@@ -63,7 +63,7 @@ def run(kernel, rows: Rows, *out: np.ndarray, room: int = 5) -> int:
     """In tables of at most `room` rows; returns how many rows there were."""
     table, total = np.zeros(room * rows.row_nbytes, np.uint8), 0
     while True:
-        count, tiles = rows.fill(table.ctypes.data, room, 1 << 20)
+        _, count, tiles = rows.fill(table.ctypes.data, room, 1 << 20)
         if count == 0:
             return total
         assert count <= room
@@ -134,8 +134,9 @@ def test_long_runs_are_peeled(built: ctypes.CDLL) -> None:
 
 
 def test_no_copies_at_all() -> None:
-    assert CopyRows(Batch.of_runs(*(np.zeros(0, np.int64),) * 3)).fill(0, 3, 1) == (0, 0)
-    assert CopyRows(Batch.of_runs(*(np.zeros(5, np.int64),) * 3)).fill(0, 3, 1) == (0, 0)
+    address = aligned(3 * CopyRows.row_nbytes).ctypes.data
+    assert CopyRows(Batch.of_runs(*(np.zeros(0, np.int64),) * 3)).fill(address, 3, 1) == (0, 0, 0)
+    assert CopyRows(Batch.of_runs(*(np.zeros(5, np.int64),) * 3)).fill(address, 3, 1) == (0, 0, 0)
 
 
 def check_digest(built: ctypes.CDLL, catalog: Catalog, columns: tuple[np.ndarray, ...]) -> None:

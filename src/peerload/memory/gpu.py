@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 
 from ..integrity.digest import DigestArray, cut_boxes, fold, tensor_keys
-from ..model.boxes import IntArray, volumes
+from ..model.boxes import IntArray
 from ..model.catalog import Catalog
 from ..model.layout import Constant
 from ..model.offer import FENCE_NBYTES
-from ..native.tables import LARGEST_NBYTES, DigestRows
+from ..native.tables import LARGEST_NBYTES, DigestRows, largest_box
 from ..planning.batch import LEVELS, Batch
 from .cuda.driver import Device
 from .cuda.mover import Mover, Pinned, gather, kinds, packed, portions
@@ -84,14 +84,11 @@ class CudaSpace:
         n = len(tensor)
         if not start.shape == stop.shape == stride.shape == (n, catalog.width) or len(address) != n:
             raise ValueError(f"columns do not fit {n} boxes of {catalog.width} dimensions")
-        if (start < 0).any() or (stop <= start).any() or (stop > catalog.shape[tensor]).any():
-            raise ValueError("a box is empty or lies outside its tensor")
         if n == 0:
             return np.zeros(0, np.uint64)
         columns = (np.arange(n), tensor, start, stop, address, stride)
-        itemsize = catalog.itemsize[tensor]
-        if int((volumes(start, stop) * itemsize).max()) > LARGEST_NBYTES:
-            columns = cut_boxes(columns, itemsize, LARGEST_NBYTES)
+        if largest_box(catalog.shape, catalog.itemsize, tensor, start, stop) > LARGEST_NBYTES:
+            columns = cut_boxes(columns, catalog.itemsize[tensor], LARGEST_NBYTES)
         boxes = DigestRows(tensor_keys(catalog), catalog.shape, catalog.itemsize, *columns)
         self._device.synchronize()
         with self._mover.lane() as lane:

@@ -25,50 +25,51 @@ static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* ---- copies */
 
-static void add_copy(struct copy_row row, int64_t run, int64_t count0, int64_t steps, struct copy_row *rows,
-                     struct table_end *end)
+static void add_run(int64_t src, int64_t dst, int64_t run, struct copy_row *rows, struct table_end *end)
 {
     if (run <= 0)
         return;
-    row.shift = alignment((int64_t)row.src | (int64_t)row.dst | run | steps);
-    row.run = (uint32_t)(run >> row.shift);
-    row.total = (uint32_t)(row.run * (count0 * row.count1 * row.count2));
-    row.first = (uint32_t)end->tiles;
-    end->tiles += up(row.total, COPY_TILE);
-    rows[end->rows++] = row;
+    uint32_t shift = alignment(src | dst | run), total = (uint32_t)(run >> shift);
+    rows[end->rows++] = (struct copy_row){(uint64_t)src, (uint64_t)dst, total, shift, (uint32_t)end->tiles, 0};
+    end->tiles += (total + COPY_TILE - 1) / COPY_TILE;
 }
 
 void peerload_copy_rows(int64_t n, const int64_t *src, const int64_t *dst, const int64_t *run, const int64_t *count,
                         const int64_t *src_step, const int64_t *dst_step, int64_t room, int64_t most,
-                        struct copy_row *rows, struct table_end *end)
+                        void *table, struct table_end *end)
 {
+    struct copy_row *rows = table;
+    struct copy_levels *levels = (struct copy_levels *)(rows + room);
+    int64_t i = end->next, strided = 0;
     end->rows = end->tiles = 0;
-    int64_t i = end->next;
     for (; i < n && end->rows + 3 <= room && end->tiles < most; i++) {
-        const int64_t *c = count + LEVELS * i;
-        if (run[i] * c[0] * c[1] * c[2] <= 0)
-            continue;
-        struct copy_row row = {.src = (uint64_t)src[i], .dst = (uint64_t)dst[i]};
-        row.count1 = (uint32_t)c[1], row.count2 = (uint32_t)c[2];
-        int64_t steps = 0, plain = 1;
-        for (int k = 0; k < LEVELS; k++) {
-            if (c[k] == 1)
+        const int64_t *c = count + LEVELS * i, *s = src_step + LEVELS * i, *d = dst_step + LEVELS * i;
+        if (c[0] == 1 && c[1] == 1 && c[2] == 1) {
+            int64_t head = -src[i] & (WIDEST - 1), body = (run[i] - head) & -WIDEST;
+            if (run[i] < PEELED_NBYTES || (src[i] - dst[i]) % WIDEST || (head == 0 && body == run[i])) {
+                add_run(src[i], dst[i], run[i], rows, end);
                 continue;
-            plain = 0;
-            row.src_step[k] = src_step[LEVELS * i + k], row.dst_step[k] = dst_step[LEVELS * i + k];
-            steps |= row.src_step[k] | row.dst_step[k];
+            }
+            add_run(src[i], dst[i], head, rows, end); /* so that the middle is whole units */
+            add_run(src[i] + head, dst[i] + head, body, rows, end);
+            add_run(src[i] + head + body, dst[i] + head + body, run[i] - head - body, rows, end);
+        } else if (run[i] > 0 && c[0] > 0 && c[1] > 0 && c[2] > 0) {
+            struct copy_levels *l = &levels[strided++];
+            int64_t joined = src[i] | dst[i] | run[i];
+            for (int k = 0; k < LEVELS; k++) {
+                l->src_step[k] = c[k] > 1 ? s[k] : 0, l->dst_step[k] = c[k] > 1 ? d[k] : 0;
+                joined |= l->src_step[k] | l->dst_step[k];
+            }
+            uint32_t shift = alignment(joined), total = (uint32_t)((run[i] >> shift) * c[0] * c[1] * c[2]);
+            l->run = (uint32_t)(run[i] >> shift), l->count1 = (uint32_t)c[1], l->count2 = (uint32_t)c[2], l->unused = 0;
+            rows[end->rows++] = (struct copy_row){(uint64_t)src[i], (uint64_t)dst[i], total, shift, (uint32_t)end->tiles,
+                                                  (uint32_t)strided};
+            end->tiles += (total + COPY_TILE - 1) / COPY_TILE;
         }
-        int64_t head = -src[i] & (WIDEST - 1), body = (run[i] - head) & -WIDEST;
-        if (plain && run[i] >= PEELED_NBYTES && (src[i] - dst[i]) % WIDEST == 0 && (head || body != run[i])) {
-            add_copy(row, head, 1, 0, rows, end); /* so that the middle is whole units */
-            row.src += (uint64_t)head, row.dst += (uint64_t)head;
-            add_copy(row, body, 1, 0, rows, end);
-            row.src += (uint64_t)body, row.dst += (uint64_t)body;
-            add_copy(row, run[i] - head - body, 1, 0, rows, end);
-        } else
-            add_copy(row, run[i], c[0], steps, rows, end);
     }
     end->next = i;
+    memmove(rows + end->rows, levels, (size_t)strided * sizeof *levels);
+    end->nbytes = end->rows * (int64_t)sizeof *rows + strided * (int64_t)sizeof *levels;
 }
 
 /* ---- digests */
@@ -86,7 +87,7 @@ static const struct axis unused = {1, 0, 0};
  * are counted here. */
 struct form {
     int64_t address, byte, run, itemsize;
-    int scattered, depth; /* axes in use, at least AXES */
+    int scattered, depth; /* axes in use, at least AXES; set up to there */
     struct axis axes[MAX_DIMS + AXES];
 };
 
@@ -111,10 +112,10 @@ static void normal_form(struct form *f, int64_t dims, const int64_t *shape, cons
             found[n++] = next;
     }
     f->scattered = n > 0 && f->run == f->itemsize;
-    for (int k = 0; k < MAX_DIMS + AXES; k++)
+    for (int k = 0; k < AXES; k++)
         f->axes[k] = unused;
     found[n] = unused;
-    f->depth = n + 1 > AXES ? n + 1 : AXES;
+    f->depth = n + !f->scattered > AXES ? n + !f->scattered : AXES;
     if (!f->scattered) {
         f->axes[0] = unused;
         memcpy(f->axes + 1, found, (size_t)n * sizeof *found);
@@ -156,89 +157,96 @@ static int transposed(const struct form *f)
            global % WIDEST == 0 && a[0].extent * f->itemsize % 4 == 0;
 }
 
-static void add_row(struct digest_row row, int64_t tiles, struct digest_row *rows, struct table_end *end)
+/* The row that was written last in `rows` is done, and has so many tiles. */
+static void close_row(struct digest_row *rows, int64_t tiles, struct table_end *end)
 {
-    row.first = (uint32_t)end->tiles;
+    rows[end->rows++].first = (uint32_t)end->tiles;
     end->tiles += tiles;
-    rows[end->rows++] = row;
+}
+
+/* What all rows of a box share. */
+static struct digest_row *open_row(const struct form *f, uint64_t key, uint32_t slot, struct digest_row *rows,
+                                   struct table_end *end)
+{
+    struct digest_row *row = &rows[end->rows];
+    row->address = (uint64_t)f->address, row->byte = (uint64_t)f->byte, row->key = key, row->run = (uint64_t)f->run;
+    for (int k = 0; k < AXES; k++) {
+        row->extent[k] = (uint32_t)f->axes[k].extent;
+        row->memory[k] = f->axes[k].memory, row->global[k] = f->axes[k].global;
+    }
+    row->slot = slot, row->unit = 1u << alignment(places(f) | f->run);
+    row->kind = SCATTERED, row->element = row->unit, row->parts = row->tiles_f = row->tile_f = row->tile_y = 1, row->unused = 0;
+    return row;
 }
 
 /* Indices y0 .. y1 of axis 3 of scattered elements. */
-static void add_scattered(struct digest_row row, const struct form *f, enum kind kind, int64_t y0, int64_t y1,
+static void add_scattered(const struct form *f, uint64_t key, uint32_t slot, enum kind kind, int64_t y0, int64_t y1,
                           struct digest_row *rows, struct table_end *end)
 {
     if (y0 >= y1)
         return;
-    int64_t all = f->axes[0].extent * f->axes[1].extent * f->axes[2].extent;
-    row.kind = kind;
-    row.address += (uint64_t)(y0 * f->axes[3].memory), row.byte += (uint64_t)(y0 * f->axes[3].global);
-    row.extent[3] = (uint32_t)(y1 - y0);
-    row.tile_f = TILE_F, row.tile_y = TILE_Y;
+    struct digest_row *row = open_row(f, key, slot, rows, end);
+    row->kind = kind, row->element = (uint32_t)f->itemsize;
+    row->address += (uint64_t)(y0 * f->axes[3].memory), row->byte += (uint64_t)(y0 * f->axes[3].global);
+    row->extent[3] = (uint32_t)(y1 - y0);
+    row->tile_f = TILE_F, row->tile_y = TILE_Y;
     if (kind == TRANSPOSED) {
-        all = all * f->itemsize / 4;
-        row.extent[0] = (uint32_t)(f->axes[0].extent * f->itemsize / 4); /* words */
-        row.memory[0] = 4, row.global[0] *= 4 / f->itemsize;
-        row.tile_y = (uint32_t)(TILE_ROW_NBYTES / f->itemsize);
+        row->extent[0] = (uint32_t)(f->axes[0].extent * f->itemsize / 4); /* words */
+        row->memory[0] = 4, row->global[0] *= 4 / f->itemsize;
+        row->tile_y = (uint32_t)(TILE_ROW_NBYTES / f->itemsize);
     }
-    row.tiles_f = (uint32_t)up(all, row.tile_f);
-    add_row(row, row.tiles_f * up(y1 - y0, row.tile_y), rows, end);
+    row->tiles_f = (uint32_t)up((int64_t)row->extent[0] * row->extent[1] * row->extent[2], TILE_F);
+    close_row(rows, row->tiles_f * up(y1 - y0, row->tile_y), end);
 }
 
 static void add_digest(const struct form *f, uint64_t key, uint32_t slot, struct digest_row *rows, struct table_end *end)
 {
-    struct digest_row row = {.address = (uint64_t)f->address, .byte = (uint64_t)f->byte, .key = key, .run = (uint64_t)f->run};
-    int64_t joined = places(f);
-    uint32_t unit = 1u << alignment(joined | f->run);
-    row.slot = slot, row.unit = unit, row.parts = 1;
-    for (int k = 0; k < AXES; k++) {
-        row.extent[k] = (uint32_t)f->axes[k].extent;
-        row.memory[k] = f->axes[k].memory, row.global[k] = f->axes[k].global;
-    }
     if (f->scattered) {
         int64_t extent = f->axes[3].extent, head = 0, body = 0;
-        row.element = (uint32_t)f->itemsize;
         if (transposed(f)) {
             head = least((-f->byte & (WIDEST - 1)) / f->itemsize, extent);
             body = (extent - head) * f->itemsize / WIDEST * WIDEST / f->itemsize;
         }
-        add_scattered(row, f, SCATTERED, 0, head, rows, end);
-        add_scattered(row, f, TRANSPOSED, head, head + body, rows, end);
-        add_scattered(row, f, SCATTERED, head + body, extent, rows, end);
+        add_scattered(f, key, slot, SCATTERED, 0, head, rows, end);
+        add_scattered(f, key, slot, TRANSPOSED, head, head + body, rows, end);
+        add_scattered(f, key, slot, SCATTERED, head + body, extent, rows, end);
         return;
     }
-    int64_t runs = f->axes[1].extent * f->axes[2].extent * f->axes[3].extent;
-    if (unit == WIDEST && f->run >= DENSE_NBYTES) {
+    struct digest_row *row = open_row(f, key, slot, rows, end);
+    if (row->unit == WIDEST && f->run >= DENSE_NBYTES) {
         int64_t steps = 0; /* runs that all begin at the same place of a segment touch at most so many; others one more */
         for (int k = 1; k < AXES; k++)
             steps |= f->axes[k].extent > 1 ? f->axes[k].global : 0;
         int64_t ahead = steps % SEGMENT_NBYTES ? SEGMENT_NBYTES - 1 : f->byte % SEGMENT_NBYTES;
-        row.kind = DENSE;
-        row.parts = (uint32_t)up(up(ahead + f->run, SEGMENT_NBYTES), DENSE_SEGMENTS);
-        add_row(row, row.parts * runs, rows, end);
+        row->kind = DENSE;
+        row->parts = (uint32_t)up(up(ahead + f->run, SEGMENT_NBYTES), DENSE_SEGMENTS);
+        close_row(rows, row->parts * f->axes[1].extent * f->axes[2].extent * f->axes[3].extent, end);
         return;
     }
-    row.kind = SCATTERED, row.element = unit, row.tile_f = TILE_UNITS, row.tile_y = 1;
-    row.extent[0] = (uint32_t)(f->run / unit), row.memory[0] = row.global[0] = unit;
-    row.tiles_f = (uint32_t)up((int64_t)row.extent[0] * f->axes[1].extent * f->axes[2].extent, TILE_UNITS);
-    add_row(row, row.tiles_f * f->axes[3].extent, rows, end);
+    row->extent[0] = (uint32_t)((uint64_t)f->run / row->unit), row->memory[0] = row->global[0] = row->unit;
+    row->tile_f = TILE_UNITS;
+    row->tiles_f = (uint32_t)up((int64_t)row->extent[0] * f->axes[1].extent * f->axes[2].extent, TILE_UNITS);
+    close_row(rows, row->tiles_f * f->axes[3].extent, end);
 }
 
 void peerload_digest_rows(int64_t n, int64_t dims, const uint64_t *key, const int64_t *shape, const int64_t *itemsize,
                           const int64_t *slot, const int64_t *tensor, const int64_t *start, const int64_t *stop,
                           const int64_t *address, const int64_t *stride, int64_t room, int64_t most,
-                          struct digest_row *rows, struct table_end *end)
+                          void *table, struct table_end *end)
 {
+    struct digest_row *rows = table;
     end->rows = end->tiles = 0;
     for (; end->next < n; end->next++, end->part = 0) {
         int64_t i = end->next, t = tensor[i];
-        struct form f = {.itemsize = itemsize[t]};
+        struct form f;
+        f.itemsize = itemsize[t];
         normal_form(&f, dims, shape + t * dims, start + i * dims, stop + i * dims, stride + i * dims);
         int64_t parts = 1, byte = f.byte;
         for (int k = AXES; k < f.depth; k++)
             parts *= f.axes[k].extent;
         for (; end->part < parts; end->part++) { /* once for each index of the axes that the kernel doesn't know */
             if (end->rows + 3 > room || end->tiles >= most)
-                return;
+                goto full;
             f.address = address[i], f.byte = byte;
             int64_t index = end->part;
             for (int k = AXES; k < f.depth; index /= f.axes[k++].extent) {
@@ -251,6 +259,23 @@ void peerload_digest_rows(int64_t n, int64_t dims, const uint64_t *key, const in
             f.depth = depth;
         }
     }
+full:
+    end->nbytes = end->rows * (int64_t)sizeof *rows;
+}
+
+int64_t peerload_check_boxes(int64_t n, int64_t dims, const int64_t *shape, const int64_t *itemsize, const int64_t *tensor,
+                             const int64_t *start, const int64_t *stop, int64_t *largest)
+{
+    *largest = 0;
+    for (int64_t i = 0; i < n; i++, start += dims, stop += dims) {
+        const int64_t *all = shape + tensor[i] * dims;
+        int64_t nbytes = itemsize[tensor[i]];
+        for (int64_t d = 0; d < dims; nbytes *= stop[d] - start[d], d++)
+            if (start[d] < 0 || stop[d] <= start[d] || stop[d] > all[d])
+                return i;
+        *largest = nbytes > *largest ? nbytes : *largest;
+    }
+    return -1;
 }
 
 /* ---- regions */
@@ -264,6 +289,8 @@ int64_t peerload_locate(int64_t n, const int64_t *at, const int64_t *run, const 
     for (int64_t i = 0; i < n; i++) {
         int64_t low = at[i], high = sum(at[i], run[i]); /* of numbers that a peer may have made up */
         for (int64_t k = LEVELS * i; k < LEVELS * (i + 1); k++) {
+            if (count[k] == 1)
+                continue;
             int64_t reach = (int64_t)((uint64_t)(count[k] - 1) * (uint64_t)step[k]);
             low = sum(low, reach < 0 ? reach : 0), high = sum(high, reach > 0 ? reach : 0);
         }

@@ -12,8 +12,8 @@ from .columns import Batch, Columns
 
 IntArray = npt.NDArray[np.int64]
 
-#: Bytes of a row.
-COPY_ROW_NBYTES: Final = ffi.sizeof("struct copy_row")
+#: Bytes that a row may take.
+COPY_ROW_NBYTES: Final = ffi.sizeof("struct copy_row") + ffi.sizeof("struct copy_levels")
 DIGEST_ROW_NBYTES: Final = ffi.sizeof("struct digest_row")
 #: No copy and no box may be larger, so that its units are counted in 32 bits.
 LARGEST_NBYTES: Final = 1 << 30
@@ -28,11 +28,11 @@ class CopyRows:
         self._columns = Columns(batch)
         self._end = ffi.new("struct table_end *")
 
-    def fill(self, address: int, room: int, most: int) -> tuple[int, int]:
-        """Write the next rows, `room` of them at most (3 or more), to `address`: (rows, their tiles, about `most` of them at
-        most). No rows: there are no more."""
-        self._columns.copy_rows(room, most, ffi.cast("struct copy_row *", address), self._end)
-        return self._end.rows, self._end.tiles
+    def fill(self, address: int, room: int, most: int) -> tuple[int, int, int]:
+        """Write a table of the next rows, `room` of them at most (3 or more), to `address`: (bytes, rows, their tiles, about
+        `most` of them at most). No rows: there are no more."""
+        self._columns.copy_rows(room, most, ffi.cast("void *", address), self._end)
+        return self._end.nbytes, self._end.rows, self._end.tiles
 
 
 class DigestRows:
@@ -61,11 +61,19 @@ class DigestRows:
         self._size = start.shape
         self._end = ffi.new("struct table_end *")
 
-    def fill(self, address: int, room: int, most: int) -> tuple[int, int]:
+    def fill(self, address: int, room: int, most: int) -> tuple[int, int, int]:
         """As of `CopyRows`."""
-        rows = ffi.cast("struct digest_row *", address)
-        lib.peerload_digest_rows(*self._size, *self._pointers, room, most, rows, self._end)
-        return self._end.rows, self._end.tiles
+        lib.peerload_digest_rows(*self._size, *self._pointers, room, most, ffi.cast("void *", address), self._end)
+        return self._end.nbytes, self._end.rows, self._end.tiles
+
+
+def largest_box(shape: IntArray, itemsize: IntArray, tensor: IntArray, start: IntArray, stop: IntArray) -> int:
+    """Bytes of the largest of n boxes. Raises ValueError for one that is empty or lies outside its tensor."""
+    found = ffi.new("int64_t *")
+    arrays = [np.ascontiguousarray(a, np.int64) for a in (shape, itemsize, tensor, start, stop)]
+    if lib.peerload_check_boxes(*start.shape, *(ffi.from_buffer("int64_t[]", a) for a in arrays), found) >= 0:
+        raise ValueError("a box is empty or lies outside its tensor")
+    return found[0]
 
 
 def locate(at: IntArray, run: IntArray, count: IntArray, step: IntArray, start: IntArray, end: IntArray) -> tuple[IntArray, int]:

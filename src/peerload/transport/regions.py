@@ -39,7 +39,8 @@ class RegionTable:
                 "process; nothing was read",
                 next_step="register the memory before reading into it",
             )
-        return self._row[row]
+        found: IntArray = self._row[row]
+        return found
 
     def locate_sources(self, batch: Batch, source: str) -> IntArray:
         """The region of each row's source. Raises SourceLost that names the first row outside: the regions are those that
@@ -53,7 +54,8 @@ class RegionTable:
                 "described; nothing was read",
                 next_step="plan the rest from other sources",
             )
-        return self._row[row]
+        found: IntArray = self._row[row]
+        return found
 
     def holds(self, address: IntArray) -> BoolArray:
         """Whether each byte lies in a region."""

@@ -29,22 +29,29 @@ template <typename Row> __device__ static u32 row_of(const Row *table, u32 rows,
 
 /* ---- copies */
 
-/* Units of 1 << shift bytes: run of them side by side, count of runs along three levels (the outermost needn't be told). */
+/* `total` units of 1 << shift bytes. levels: 0 if they are side by side, else one more than the number of the copy_levels, which
+ * lie behind the rows. */
 struct copy_row {
     u64 src, dst;
+    u32 total, shift, first, levels;
+};
+
+/* run: units side by side; count of runs along three levels (the outermost needn't be told). */
+struct copy_levels {
     i64 src_step[3], dst_step[3];
-    u32 run, count1, count2, total, shift, first;
+    u32 run, count1, count2, unused;
 };
 
 /* On an H100 95 % of the driver's copy; with tiles of 1024 and four loads at a time 85 %: less fits on a multiprocessor. */
 enum { COPY_TILE = 512 /* units */, UNROLL = 2 };
 
-template <typename T> __device__ static void copy_units(const copy_row *row, u32 unit, u32 end)
+template <typename T> __device__ static void copy_units(const copy_row *row, const copy_levels *levels, u32 unit, u32 end)
 {
     const char *src = (const char *)row->src;
     char *dst = (char *)row->dst;
-    u32 run = row->run, count1 = row->count1, count2 = row->count2;
-    bool plain = run == row->total;
+    bool plain = row->levels == 0;
+    levels += plain ? 0 : row->levels - 1;
+    u32 run = plain ? 1 : levels->run, count1 = plain ? 1 : levels->count1, count2 = plain ? 1 : levels->count2;
     for (; unit < end; unit += UNROLL * LANES) {
         T value[UNROLL];
         i64 to[UNROLL];
@@ -59,8 +66,8 @@ template <typename T> __device__ static void copy_units(const copy_row *row, u32
                 u32 outer = at / run, inner = at - outer * run;
                 u32 next = outer / count2, c = outer - next * count2, a = next / count1, b = next - a * count1;
                 from = to[k] = (i64)inner * (i64)sizeof(T);
-                from += a * row->src_step[0] + b * row->src_step[1] + c * row->src_step[2];
-                to[k] += a * row->dst_step[0] + b * row->dst_step[1] + c * row->dst_step[2];
+                from += a * levels->src_step[0] + b * levels->src_step[1] + c * levels->src_step[2];
+                to[k] += a * levels->dst_step[0] + b * levels->dst_step[1] + c * levels->dst_step[2];
             }
             value[k] = *(const T *)(src + from);
         }
@@ -73,16 +80,17 @@ template <typename T> __device__ static void copy_units(const copy_row *row, u32
 
 extern "C" __global__ void peerload_copy(const copy_row *table, u32 rows, u32 tiles)
 {
+    const copy_levels *levels = (const copy_levels *)(table + rows);
     u32 lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
     for (u32 tile = blockIdx.x * warps + threadIdx.x / LANES; tile < tiles; tile += gridDim.x * warps) {
         const copy_row *row = table + row_of(table, rows, tile);
         u32 begin = (tile - row->first) * COPY_TILE, end = begin + COPY_TILE < row->total ? begin + COPY_TILE : row->total;
         switch (row->shift) {
-        case 0: copy_units<u8>(row, begin + lane, end); break;
-        case 1: copy_units<u16>(row, begin + lane, end); break;
-        case 2: copy_units<u32>(row, begin + lane, end); break;
-        case 3: copy_units<u64>(row, begin + lane, end); break;
-        default: copy_units<uint4>(row, begin + lane, end);
+        case 0: copy_units<u8>(row, levels, begin + lane, end); break;
+        case 1: copy_units<u16>(row, levels, begin + lane, end); break;
+        case 2: copy_units<u32>(row, levels, begin + lane, end); break;
+        case 3: copy_units<u64>(row, levels, begin + lane, end); break;
+        default: copy_units<uint4>(row, levels, begin + lane, end);
         }
     }
 }

@@ -9,8 +9,8 @@ import numpy as np
 
 from .driver import Device, Stream
 
-#: A table goes in parts of at most so many rows: 2.4 MB of the widest.
-ROWS: Final = 1 << 14
+#: A table goes in parts of at most so many rows: 5 MB of the widest.
+ROWS: Final = 1 << 15
 #: A launch takes about so many tiles at most, so that their number fits 32 bits with room to spare.
 TILES: Final = 1 << 30
 
@@ -21,7 +21,7 @@ class Rows(Protocol):
     @property
     def row_nbytes(self) -> int: ...
 
-    def fill(self, address: int, room: int, most: int) -> tuple[int, int]: ...
+    def fill(self, address: int, room: int, most: int) -> tuple[int, int, int]: ...
 
 
 class Lane:
@@ -40,11 +40,11 @@ class Lane:
         if self._host.size < room:
             self._host = np.empty(room, np.uint8)
         while True:
-            count, tiles = rows.fill(self._host.ctypes.data, ROWS, TILES)
+            nbytes, count, tiles = rows.fill(self._host.ctypes.data, ROWS, TILES)
             if count == 0:
                 return
-            table = self._table.of(count * rows.row_nbytes)
-            self.stream.upload(table, self._host[: count * rows.row_nbytes])
+            table = self._table.of(nbytes)
+            self.stream.upload(table, self._host[:nbytes])
             launch(table, count, tiles)
 
     def close(self) -> None:
