@@ -6,7 +6,7 @@
 
 enum { LEVELS = 3, AXES = 4, MAX_DIMS = 8, WIDEST = 16 };
 /* As in kernels.cu. */
-enum { COPY_TILE = 512, SEGMENT_NBYTES = 4096, DENSE_SEGMENTS = 8 };
+enum { COPY_TILE = 256, SEGMENT_NBYTES = 4096, DENSE_SEGMENTS = 8 };
 enum kind { SCATTERED = 0, DENSE = 1, TRANSPOSED = 2 };
 /* Plain runs of at least this are given whole units where their two ends are equally far from one. */
 enum { PEELED_NBYTES = 256 };
@@ -24,6 +24,18 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* ---- copies */
+
+int64_t peerload_total(int64_t n, const int64_t *run, const int64_t *count, int64_t *largest)
+{
+    int64_t total = 0;
+    *largest = 0;
+    for (int64_t i = 0; i < n; i++, count += LEVELS) {
+        int64_t nbytes = run[i] * count[0] * count[1] * count[2];
+        total += nbytes;
+        *largest = nbytes > *largest ? nbytes : *largest;
+    }
+    return total;
+}
 
 static void add_run(int64_t src, int64_t dst, int64_t run, struct copy_row *rows, struct table_end *end)
 {

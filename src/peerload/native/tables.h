@@ -25,6 +25,9 @@ struct table_end {
     int64_t nbytes, rows, tiles, next, part;
 };
 
+/* Bytes of n copies; *largest: of the largest of them. */
+int64_t peerload_total(int64_t n, const int64_t *run, const int64_t *count, int64_t *largest);
+
 /* The columns of a batch, n copies of at most 2^30 bytes each, from copy end->next on. room is at least 3. The table has room
    for as many copy_levels as rows. */
 void peerload_copy_rows(int64_t n, const int64_t *src, const int64_t *dst, const int64_t *run, const int64_t *count,

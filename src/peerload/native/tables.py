@@ -79,7 +79,7 @@ def largest_box(shape: IntArray, itemsize: IntArray, tensor: IntArray, start: In
 def locate(at: IntArray, run: IntArray, count: IntArray, step: IntArray, start: IntArray, end: IntArray) -> tuple[IntArray, int]:
     """The region, of ascending `start` and `end` [regions], that the bytes of each copy of one side of a batch lie in as a
     whole, and the first copy that lies in none, or -1."""
-    row = np.zeros(len(at), np.int64)
+    row = np.empty(len(at), np.int64)
     arrays = [np.ascontiguousarray(a, np.int64) for a in (at, run, count, step, start, end, row)]
     at_, run_, count_, step_, start_, end_, row_ = (ffi.from_buffer("int64_t[]", a) for a in arrays)
     return row, lib.peerload_locate(len(at), at_, run_, count_, step_, len(start), start_, end_, row_)

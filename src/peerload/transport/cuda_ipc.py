@@ -200,7 +200,7 @@ class CudaIpcTransport:
 
     def _move(self, batch: Batch, on_device: np.ndarray[tuple[int], np.dtype[np.bool_]], deadline: Deadline, source: str) -> None:
         """`batch`, whose addresses are all ours."""
-        doing = f"reading {batch.nbytes} bytes from {source}"
+        doing = f"reading {len(batch)} copies from {source}"
         try:
             with self._mover.lane() as lane:
                 if on_device.all():

@@ -43,7 +43,7 @@ struct copy_levels {
 };
 
 /* On an H100 95 % of the driver's copy; with tiles of 1024 and four loads at a time 85 %: less fits on a multiprocessor. */
-enum { COPY_TILE = 512 /* units */, UNROLL = 2 };
+enum { COPY_TILE = 256 /* units */, UNROLL = 2 };
 
 template <typename T> __device__ static void copy_units(const copy_row *row, const copy_levels *levels, u32 unit, u32 end)
 {
@@ -320,7 +320,7 @@ __device__ static void add_up(u64 *sums, u32 slot, u64 digest, u32 lane)
 }
 
 /* sums[2 * slot] and sums[2 * slot + 1] get the low and the high halves of the digests of all tiles of rows of that slot. */
-extern "C" __global__ void __launch_bounds__(256, 3)
+extern "C" __global__ void __launch_bounds__(256, 2)
     peerload_digest(const digest_row *table, u32 rows, u32 tiles, u64 *sums)
 {
     __shared__ __align__(16) limbs b;

@@ -21,7 +21,9 @@ class Kernels:
     def __init__(self, device: Device) -> None:
         module = device.load(compiled(*device.capability))
         self._copy, self._digest = (module.kernel(name) for name in ("peerload_copy", "peerload_digest"))
-        self._room = 8 * device.multiprocessors  # blocks that keep it busy; they take tiles by turns
+        # Blocks that keep it busy; they take tiles by turns. With more, what is read at a time lies further apart than the GPU
+        # has address translations for where memory is another process's.
+        self._room = 4 * device.multiprocessors
 
     def copy(self, stream: Stream, table: int, rows: int, tiles: int) -> None:
         self._launch(stream, self._copy, table, rows, tiles)
