@@ -262,6 +262,18 @@ def test_pieces_of_a_layout_and_threads() -> None:
     assert (int(found[0][2]) + int(found[0][3]) + top) % PRIME == whole_digest(specs[1], wholes[1])
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F32", "F64"])
+@pytest.mark.parametrize(("rows", "columns"), [(600, 300), (64, 32), (63, 2100), (257, 33)])
+def test_transposed_in_memory(dtype: str, rows: int, columns: int) -> None:
+    """Tiles of it are turned by vectors; what remains at their edges isn't."""
+    whole = random_tensor(5, (rows, columns), dtype)
+    spec, inside = TensorSpec("t", dtype, whole.shape), Box((3, 1), (rows, columns - 1))
+    stored = np.asfortranarray(whole)
+    assert whole_digest(spec, stored) == whole_digest(spec, whole)
+    assert digest(spec, stored[inside.slices()], inside) == digest(spec, whole[inside.slices()], inside)
+    assert digest(spec, stored[::-1][::-1], Box.whole(whole.shape)) == whole_digest(spec, whole)
+
+
 def test_reads_nothing_past_its_last_byte() -> None:
     """Boxes that end where an unreadable page begins; a byte too far would end this process."""
     page = mmap.PAGESIZE

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,9 @@ from ..config import Config
 from ..deadline import Deadline
 from ..memory.cuda import driver
 from ..memory.cuda.driver import Device, Stream
-from ..memory.cuda.kernels import compiled
+from ..memory.cuda.kernels import Kernels, compiled
 from ..memory.cuda.mover import Pinned
+from ..memory.gpu import CudaSpace
 from ..memory.region import Region
 from ..memory.space import space_on
 from ..model.catalog import Catalog, TensorSpec
@@ -71,14 +73,18 @@ def shapes(src: int, dst: int, nbytes: int) -> dict[str, Batch]:
     }
 
 
-def read(transport: Transport, peer: str, batch: Batch) -> None:
-    """Batch by batch, as lowering would hand them out."""
+def parts(transport: Transport, batch: Batch) -> list[Batch]:
+    """Batches as lowering would hand them out."""
     rows, _ = batch.cut(transport.limits.max_batch_nbytes)
     size = rows.run * rows.count.prod(axis=1)
     group = (np.cumsum(size) - size) // transport.limits.max_batch_nbytes
     edges = [0, *(1 + np.flatnonzero(np.diff(group))).tolist(), len(rows)]
-    for begin, end in itertools.pairwise(edges):
-        transport.read(peer, rows.take(slice(begin, end)), Deadline.after(60))
+    return [rows.take(slice(begin, end)) for begin, end in itertools.pairwise(edges)]
+
+
+def read(transport: Transport, peer: str, batches: list[Batch]) -> None:
+    for batch in batches:
+        transport.read(peer, batch, Deadline.after(60))
 
 
 def between(there: str, nbytes: int, rounds: int) -> dict[str, float]:
@@ -111,14 +117,59 @@ def between(there: str, nbytes: int, rounds: int) -> dict[str, float]:
         shift = int(transport._peers[peer].shift[0])
         found["driver's copy, two processes"] = nbytes / timed(lambda: raw(source.address[0] + shift), rounds) / 1e9
         for name, batch in shapes(source.address[0], dst, nbytes).items():
-            found[name] = batch.nbytes / timed(partial(read, transport, peer, batch), rounds) / 1e9
+            found[name] = batch.nbytes / timed(partial(read, transport, peer, parts(transport, batch)), rounds) / 1e9
+        found |= whole_load(transport, peer, source.address[0], dst, nbytes, rounds)
         landing = np.empty(16, np.uint8)
         transport.register([Region(landing.ctypes.data, landing.nbytes)])
-        fence = one_copy(source.address[0], landing.ctypes.data, 16)
+        fence = [one_copy(source.address[0], landing.ctypes.data, 16)]
         found["16 bytes to the host, ms"] = 1e3 * timed(lambda: read(transport, peer, fence), rounds)
-        small = one_copy(source.address[0], dst, 4096)
+        small = [one_copy(source.address[0], dst, 4096)]
         found["a batch of 4 KiB, ms"] = 1e3 * timed(lambda: read(transport, peer, small), rounds)
     return found
+
+
+def whole_load(transport: CudaIpcTransport, peer: str, src: int, dst: int, nbytes: int, rounds: int) -> dict[str, float]:
+    """Reading and hashing 50,000 tensors, most of them scales and norms: milliseconds, and those outside the kernels."""
+    space, count = CudaSpace(GPU), 50_000
+    kinds = [64, 2048, 8192, nbytes // (count * 2) // 256 * 256]
+    elements = np.random.default_rng(0).choice(kinds, count, p=[0.5, 0.2, 0.1, 0.2])
+    catalog = Catalog.of(TensorSpec(f"model.layers.{i}.weight", "BF16", (n,)) for i, n in enumerate(elements.tolist()))
+    size = 2 * elements
+    room = -(-size // 256) * 256
+    at = np.cumsum(room) - room
+    at = at[at + size <= nbytes]
+    batches, n = parts(transport, Batch.of_runs(src + at, dst + at, size[: len(at)])), len(at)
+    column = np.zeros((n, 1), np.int64)
+    boxes = (np.arange(n), column, column + elements[:n, None], dst + at, column + 2)
+    found: dict[str, float] = {}
+    steps: dict[str, tuple[Kernels, Callable[[], object]]] = {
+        "read": (transport._mover._kernels(), lambda: read(transport, peer, batches)),
+        "hashed": (space._mover._kernels(), lambda: space.digest(catalog, *boxes, 0)),
+    }
+    for name, (kernels, work) in steps.items():
+        found[f"{n} tensors {name}, ms"] = 1e3 * timed(work, rounds)
+        found[f"  outside the kernels, {name}, ms"] = found[f"{n} tensors {name}, ms"] - 1e3 * on_the_gpu(kernels, work)
+    return found
+
+
+def on_the_gpu(kernels: Kernels, work: Callable[[], object]) -> float:
+    """Seconds that the launches of `work` take on the GPU."""
+    plain, marks = kernels._launch, []
+
+    def launch(stream: Stream, *args: Any) -> None:  # noqa: ANN401 - as they are handed over
+        with stream.device.current():
+            begin, end = (driver.call("cuEventCreate", 0)[0] for _ in range(2))
+            driver.call("cuEventRecord", begin, stream._stream)
+            plain(stream, *args)
+            driver.call("cuEventRecord", end, stream._stream)
+            marks.append((begin, end))
+
+    kernels._launch = launch  # type: ignore[method-assign, assignment]
+    try:
+        work()
+    finally:
+        kernels._launch = plain  # type: ignore[method-assign]
+    return sum(float(driver.call("cuEventElapsedTime", *pair)[0]) for pair in marks) / 1e3
 
 
 def digests(nbytes: int, rounds: int) -> dict[str, float]:
@@ -149,6 +200,7 @@ def digests(nbytes: int, rounds: int) -> dict[str, float]:
             size = int(((stop - start).prod(axis=1) * catalog.itemsize[tensor]).sum())
             return size / timed(lambda: space.digest(catalog, tensor, start, stop, address, stride, 0), rounds) / 1e9
 
+        narrow = Catalog.of([TensorSpec("w", "F8_E4M3", (rows, columns - 1024))])
         one, base = np.zeros((1, 2), np.int64), np.array([at])
         bf16, fp8 = (
             Catalog.of([TensorSpec("w", "BF16", (rows, columns))]),
@@ -162,6 +214,8 @@ def digests(nbytes: int, rounds: int) -> dict[str, float]:
         found["256 B of each row"] = rate(bf16, one, thin, base, dense)
         found["dense BF16 at an odd address"] = rate(bf16, zero, np.array([[rows - 1, columns]]), base + 2, dense)
         found["transposed FP8"] = rate(fp8, zero, whole, base, np.array([[1, rows]]))
+        found["transposed BF16"] = rate(bf16, zero, whole, base, np.array([[2, 2 * rows]]))
+        found["transposed FP8, a row of 7,168"] = rate(narrow, zero, whole - [[0, 1024]], base, np.array([[1, rows]]))
         many = nbytes // (1 << 20)
         catalog = Catalog.of(TensorSpec(f"w{i}", "BF16", (512, 1024)) for i in range(many))
         stop = np.tile([512, 1024], (many, 1))
@@ -170,10 +224,9 @@ def digests(nbytes: int, rounds: int) -> dict[str, float]:
         )
         count = 100_000
         small = Catalog.of(TensorSpec(f"s{i}", "F32", (64,)) for i in range(count))
-        column = np.zeros((count, 1), np.int64)
-        seconds = timed(
-            lambda: space.digest(small, np.arange(count), column, column + 64, at + np.arange(count) * 256, column + 4, 0), rounds
-        )
+        column, row = np.zeros((count, 1), np.int64), np.arange(count)
+        boxes = (row, column, column + 64, at + row * 256, column + 4)
+        seconds = timed(lambda: space.digest(small, *boxes, 0), rounds)
         found["100,000 pieces of 256 bytes, ms"] = 1e3 * seconds
     return found
 

@@ -71,7 +71,10 @@ def timed(work: Callable[[], object]) -> float:
 
 def against_memcpy(source: np.ndarray, to: np.ndarray, rounds: int) -> dict[str, dict[str, float]]:
     address = np.array([source.ctypes.data])
-    cases = [(k, d) for k in ("column", "row", "strided") for d in ("BF16", "F8_E4M3", "F32")] + [("transposed", "F8_E4M3")]
+    cases = [(k, d) for k in ("column", "row", "strided") for d in ("BF16", "F8_E4M3", "F32")] + [
+        ("transposed", "F8_E4M3"),
+        ("transposed", "BF16"),
+    ]
     layouts = {f"{kind} {dtype}": held(kind, dtype, len(source)) for kind, dtype in cases}
     rates: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):

@@ -13,8 +13,8 @@ from ..model.boxes import IntArray
 from ..model.catalog import Catalog
 from ..model.layout import Constant
 from ..model.offer import FENCE_NBYTES
+from ..native.tables import LARGEST_NBYTES, DigestRows, largest_box
 from ..planning.batch import LEVELS, Batch
-from .cuda import digest
 from .cuda.driver import Device
 from .cuda.mover import Mover, Pinned, gather, kinds, packed, portions
 from .cuda.tables import Lane
@@ -84,18 +84,15 @@ class CudaSpace:
         n = len(tensor)
         if not start.shape == stop.shape == stride.shape == (n, catalog.width) or len(address) != n:
             raise ValueError(f"columns do not fit {n} boxes of {catalog.width} dimensions")
-        if (start < 0).any() or (stop <= start).any() or (stop > catalog.shape[tensor]).any():
-            raise ValueError("a box is empty or lies outside its tensor")
         if n == 0:
             return np.zeros(0, np.uint64)
-        columns = cut_boxes((np.arange(n), tensor, start, stop, address, stride), catalog.itemsize[tensor], digest.LARGEST_NBYTES)
-        slot, tensor, start, stop, address, stride = columns
-        table, tiles = digest.rows_of(
-            slot, tensor_keys(catalog)[tensor], catalog.itemsize[tensor], catalog.shape[tensor], start, stop, address, stride
-        )
+        columns = (np.arange(n), tensor, start, stop, address, stride)
+        if largest_box(catalog.shape, catalog.itemsize, tensor, start, stop) > LARGEST_NBYTES:
+            columns = cut_boxes(columns, catalog.itemsize[tensor], LARGEST_NBYTES)
+        boxes = DigestRows(tensor_keys(catalog), catalog.shape, catalog.itemsize, *columns)
         self._device.synchronize()
         with self._mover.lane() as lane:
-            sums = self._mover.digest(lane, table, tiles, n).view(np.uint64)
+            sums = self._mover.digest(lane, boxes, n).view(np.uint64)
         return fold(sums[:, 0], sums[:, 1])
 
     def fence(self) -> CudaFence:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cffi
 
-PARTS = ["copy", "digest"]
+PARTS = ["copy", "digest", "tables"]
 
 root = Path("src/peerload/native")
 headers = [root / f"{part}.h" for part in PARTS]

@@ -58,6 +58,15 @@ class Columns:
         """Within this process, out of file mappings of one reservation; their pages leave the resident set again."""
         lib.peerload_copy_mapped(end - begin, *self._from(begin))
 
+    def total(self) -> tuple[int, int]:
+        """Bytes of all copies, and of the largest: without the temporary arrays that NumPy needs for it."""
+        largest = ffi.new("int64_t *")
+        return lib.peerload_total(len(self._arrays[0]), self._pointers[2], self._pointers[3], largest), largest[0]
+
+    def copy_rows(self, room: int, most: int, rows: Pointer, end: Pointer) -> None:
+        """Write rows for the GPU's kernel, as `peerload.native.tables` says."""
+        lib.peerload_copy_rows(len(self._arrays[0]), *self._pointers, room, most, rows, end)
+
     def read_process(self, pid: int, begin: int, end: int) -> tuple[int, int]:
         """Out of process `pid`, where src are addresses: (0 or errno, bytes that landed)."""
         done = ffi.new("int64_t *")

@@ -10,8 +10,9 @@ typedef uint32_t __attribute__((aligned(1), may_alias)) word; /* bytes of a tens
 #define PRIME ((UINT64_C(1) << 61) - 1)
 /* The sums of `multiply` over one segment stay below 2^63: 2^10 words times 2^32 times 2^21. */
 enum { SEGMENT_WORDS = 1024, SEGMENT_BYTES = 4 * SEGMENT_WORDS, LIMB_BITS = 21, MAX_DIMS = 8, FETCH_WORDS = 512 };
-/* A tile of a transposed box: rows enough to use a whole cache line of one-byte elements, small enough for the L1 cache. */
-enum { TILE_ROWS = 64, TILE_BYTES = 512 };
+/* A tile of a transposed box: whole cache lines of each column, rows long enough for what `run` costs besides, and all of it
+ * within the L2 cache. Smaller ones are slower: 64 x 512 by a third. */
+enum { TILE_ROWS = 256, TILE_BYTES = 1024, PITCH = TILE_BYTES + 64 };
 
 /* Three limbs of B, apart so that the compiler can turn `multiply` into 32 x 32 -> 64 bit vector instructions. */
 static uint32_t limb[3][SEGMENT_WORDS] __attribute__((aligned(64)));
@@ -22,7 +23,8 @@ static uint64_t residue(uint64_t x)
     x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
     x ^= x >> 31;
-    return x % (PRIME - 1) + 1;
+    x = (x & PRIME) + 2 * (x >> 61); /* the same modulo PRIME - 1; a division would take longer than 100 bytes do */
+    return (x >= PRIME - 1 ? x - (PRIME - 1) : x) + 1;
 }
 
 static const uint64_t STEP = UINT64_C(0x9e3779b97f4a7c15);
@@ -60,6 +62,12 @@ static void multiply_anywhere(const word *w, const uint32_t *b0, const uint32_t 
 
 static multiplier *multiply = multiply_anywhere;
 
+/* Bring 64 bytes of each column by 32 bytes of each row into row-major order, rows PITCH bytes apart. Columns are `step` apart
+ * and dense, of elements of `size` (1, 2 or 4) bytes. */
+typedef void turner(uint8_t *to, const uint8_t *from, int64_t step, int64_t size);
+
+static turner *turn = NULL; /* elements go one by one */
+
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -84,11 +92,67 @@ __attribute__((target("avx2"))) static void multiply_avx2(const word *w, const u
     multiply_anywhere(w + i, b0 + i, b1 + i, b2 + i, n - i, sum);
 }
 
-__attribute__((constructor)) static void choose_multiplier(void)
+/* Word k of the rows that 32 bytes of memory belong to: elements of neighbouring columns joined to words. words[i] has those of
+ * rows 4i .. 4i + 3, and of the four half of all rows later. */
+__attribute__((target("avx2"), always_inline)) static inline void join(__m256i words[4][8], int k, const uint8_t *from,
+                                                                       int64_t step, int64_t size)
+{
+    __m256i v[4];
+    for (int i = 0; i < 4 / size; i++)
+        v[i] = _mm256_loadu_si256((const __m256i_u *)(from + i * step));
+    if (size == 1) {
+        __m256i a = _mm256_unpacklo_epi8(v[0], v[1]), b = _mm256_unpackhi_epi8(v[0], v[1]);
+        __m256i c = _mm256_unpacklo_epi8(v[2], v[3]), d = _mm256_unpackhi_epi8(v[2], v[3]);
+        words[0][k] = _mm256_unpacklo_epi16(a, c), words[1][k] = _mm256_unpackhi_epi16(a, c);
+        words[2][k] = _mm256_unpacklo_epi16(b, d), words[3][k] = _mm256_unpackhi_epi16(b, d);
+    } else if (size == 2)
+        words[0][k] = _mm256_unpacklo_epi16(v[0], v[1]), words[1][k] = _mm256_unpackhi_epi16(v[0], v[1]);
+    else
+        words[0][k] = v[0];
+}
+
+__attribute__((target("avx2"), always_inline)) static inline void turn_of(uint8_t *to, const uint8_t *from, int64_t step,
+                                                                          int64_t size)
+{
+    __m256i words[2][4][8];
+    for (int k = 0; k < 8; k++, from += 4 / size * step) {
+        for (int i = 0; i < 4 / size; i++)
+            __builtin_prefetch(from + i * step + TILE_ROWS * size, 0, 2); /* of the next tile */
+        join(words[0], k, from, step, size);
+        join(words[1], k, from + 32, step, size);
+    }
+    int64_t half = 16 / size;
+    for (int side = 0; side < 2; side++, to += 2 * half * PITCH)
+        for (int i = 0; i < 4 / size; i++)
+            for (int k = 0; k < 8; k += 4) {
+                const __m256i *w = &words[side][i][k];
+                __m256i a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpackhi_epi32(w[0], w[1]);
+                __m256i c = _mm256_unpacklo_epi32(w[2], w[3]), d = _mm256_unpackhi_epi32(w[2], w[3]);
+                __m256i row[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                                  _mm256_unpackhi_epi64(b, d)};
+                for (int r = 0; r < 4; r++) {
+                    _mm_storeu_si128((__m128i_u *)(to + (4 * i + r) * PITCH + 4 * k), _mm256_castsi256_si128(row[r]));
+                    _mm_storeu_si128((__m128i_u *)(to + (half + 4 * i + r) * PITCH + 4 * k), _mm256_extracti128_si256(row[r], 1));
+                }
+            }
+}
+
+__attribute__((target("avx2"))) static void turn_avx2(uint8_t *to, const uint8_t *from, int64_t step, int64_t size)
+{
+    switch (size) {
+    case 1: turn_of(to, from, step, 1); break;
+    case 2: turn_of(to, from, step, 2); break;
+    default: turn_of(to, from, step, 4);
+    }
+}
+
+__attribute__((constructor)) static void choose(void)
 {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2"))
+    if (__builtin_cpu_supports("avx2")) {
         multiply = multiply_avx2;
+        turn = turn_avx2;
+    }
 }
 #endif
 
@@ -141,40 +205,60 @@ struct axis {
     int64_t extent, global, memory;
 };
 
-typedef uint8_t tile[TILE_ROWS][TILE_BYTES + 64]; /* the gap keeps a column's rows in different cache sets */
-
 /* Bring rows x columns elements into row-major order, reading along the shorter step. Inlined for each itemsize. */
 __attribute__((always_inline)) static inline void
-gather(tile to, const uint8_t *from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, size_t itemsize)
+gather(uint8_t *to, const uint8_t *from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, size_t itemsize)
 {
     if (llabs(row_step) < llabs(column_step))
         for (int64_t c = 0; c < columns; c++)
             for (int64_t r = 0; r < rows; r++)
-                memcpy(&to[r][c * (int64_t)itemsize], from + r * row_step + c * column_step, itemsize);
+                memcpy(to + r * PITCH + c * (int64_t)itemsize, from + r * row_step + c * column_step, itemsize);
     else
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < columns; c++)
-                memcpy(&to[r][c * (int64_t)itemsize], from + r * row_step + c * column_step, itemsize);
+                memcpy(to + r * PITCH + c * (int64_t)itemsize, from + r * row_step + c * column_step, itemsize);
+}
+
+static void gather_sized(uint8_t *to, const uint8_t *from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
+                         int64_t itemsize)
+{
+    switch (itemsize) {
+    case 1: gather(to, from, rows, columns, row_step, column_step, 1); break;
+    case 2: gather(to, from, rows, columns, row_step, column_step, 2); break;
+    case 4: gather(to, from, rows, columns, row_step, column_step, 4); break;
+    default: gather(to, from, rows, columns, row_step, column_step, 8);
+    }
+}
+
+/* As `gather`, 64 bytes of 32 bytes' columns at a time where columns are dense in memory. */
+static void gather_tile(uint8_t *to, const uint8_t *from, int64_t rows, int64_t columns, int64_t row_step,
+                        int64_t column_step, int64_t itemsize)
+{
+    int64_t side = 32 / itemsize, r = 0, c = 0;
+    if (turn && row_step == itemsize && itemsize <= 4) {
+        int64_t whole = rows - rows % (2 * side);
+        for (; c + side <= columns; c += side)
+            for (r = 0; r < whole; r += 2 * side)
+                turn(to + r * PITCH + c * itemsize, from + r * row_step + c * column_step, column_step, itemsize);
+        r = whole;
+    }
+    gather_sized(to + c * itemsize, from + c * column_step, r, columns - c, row_step, column_step, itemsize);
+    gather_sized(to + r * PITCH, from + r * row_step, rows - r, columns, row_step, column_step, itemsize);
 }
 
 /* Digest of a plane whose columns neighbour each other in the tensor but not in memory. */
 static uint64_t plane(const uint8_t *at, int64_t byte, struct axis row, struct axis column, int64_t itemsize, uint64_t key)
 {
-    tile rectangle;
+    uint8_t rectangle[TILE_ROWS * PITCH]; /* its gaps keep a column's rows in different cache sets */
     u128 digest = 0;
     for (int64_t c = 0, columns; c < column.extent; c += columns) {
         columns = least(column.extent - c, TILE_BYTES / itemsize);
         for (int64_t r = 0, rows; r < row.extent; r += rows) {
             rows = least(row.extent - r, TILE_ROWS);
             const uint8_t *corner = at + r * row.memory + c * column.memory;
-            switch (itemsize) {
-            case 1: gather(rectangle, corner, rows, columns, row.memory, column.memory, 1); break;
-            case 2: gather(rectangle, corner, rows, columns, row.memory, column.memory, 2); break;
-            case 4: gather(rectangle, corner, rows, columns, row.memory, column.memory, 4); break;
-            default: gather(rectangle, corner, rows, columns, row.memory, column.memory, 8);
-            }
+            gather_tile(rectangle, corner, rows, columns, row.memory, column.memory, itemsize);
             for (int64_t k = 0; k < rows; k++)
-                digest += run(rectangle[k], byte + (r + k) * row.global + c * itemsize, columns * itemsize, 0, key);
+                digest += run(rectangle + k * PITCH, byte + (r + k) * row.global + c * itemsize, columns * itemsize, 0, key);
         }
     }
     return reduce(digest);

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import PlanError, SourceLost
 from ..model.boxes import BoolArray, IntArray, byte_extents
+from ..native.tables import locate
 from ..planning.batch import Batch
 
 
@@ -30,38 +31,31 @@ class RegionTable:
 
     def locate(self, batch: Batch) -> IntArray:
         """The region of each row's destination. Raises PlanError that names the first row outside: the regions are ours."""
-        low, high = destination_extents(batch)
-        row, outside = self._locate(low, high)
+        row, outside = locate(batch.dst, batch.run, batch.count, batch.dst_step, self._start, self._end)
         if outside >= 0:
+            low, high = destination_extents(batch)
             raise PlanError(
                 f"batch.dst[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region of this "
                 "process; nothing was read",
                 next_step="register the memory before reading into it",
             )
-        return row
+        found: IntArray = self._row[row]
+        return found
 
     def locate_sources(self, batch: Batch, source: str) -> IntArray:
         """The region of each row's source. Raises SourceLost that names the first row outside: the regions are those that
         `source` described, and the addresses are those that it announced."""
-        low, high = source_extents(batch)
-        row, outside = self._locate(low, high)
+        row, outside = locate(batch.src, batch.run, batch.count, batch.src_step, self._start, self._end)
         if outside >= 0:
+            low, high = source_extents(batch)
             raise SourceLost(
                 source,
                 f"batch.src[{outside}]: bytes {int(low[outside]):#x}..{int(high[outside]):#x} lie in no single region that it "
                 "described; nothing was read",
                 next_step="plan the rest from other sources",
             )
-        return row
-
-    def _locate(self, low: IntArray, high: IntArray) -> tuple[IntArray, int]:
-        """The region of each byte range low[n]..high[n], by its row, and the first range in none, or -1."""
-        if len(self) == 0:
-            return np.zeros(len(low), np.int64), 0 if len(low) else -1
-        at = np.searchsorted(self._start, low, "right") - 1
-        inside = (at >= 0) & (low <= high) & (high <= self._end[np.maximum(at, 0)])
-        outside = -1 if inside.all() else int(np.argmin(inside))
-        return self._row[np.maximum(at, 0)], outside
+        found: IntArray = self._row[row]
+        return found
 
     def holds(self, address: IntArray) -> BoolArray:
         """Whether each byte lies in a region."""

@@ -21,17 +21,18 @@ class Kernels:
     def __init__(self, device: Device) -> None:
         module = device.load(compiled(*device.capability))
         self._copy, self._digest = (module.kernel(name) for name in ("peerload_copy", "peerload_digest"))
-        self._room = 8 * device.multiprocessors  # blocks that keep it busy; they take tiles by turns
+        # Blocks that keep it busy; they take tiles by turns. With more, what is read at a time lies further apart than the GPU
+        # has address translations for where memory is another process's.
+        self._room = 4 * device.multiprocessors
 
-    def copy(self, stream: Stream, table: int, first: int, rows: int, tiles: int) -> None:
-        self._launch(stream, self._copy, tiles, [table, first], [rows, tiles], [])
+    def copy(self, stream: Stream, table: int, rows: int, tiles: int) -> None:
+        self._launch(stream, self._copy, table, rows, tiles)
 
-    def digest(self, stream: Stream, sums: int, table: int, first: int, rows: int, tiles: int) -> None:
-        self._launch(stream, self._digest, tiles, [table, first], [rows, tiles], [sums])
+    def digest(self, stream: Stream, sums: int, table: int, rows: int, tiles: int) -> None:
+        self._launch(stream, self._digest, table, rows, tiles, sums)
 
-    def _launch(self, stream: Stream, kernel: object, tiles: int, tables: list[int], counts: list[int], out: list[int]) -> None:
-        parameters: list[Parameter] = [(t, ctypes.c_void_p) for t in tables]
-        parameters += [(c, ctypes.c_uint32) for c in counts]
+    def _launch(self, stream: Stream, kernel: object, table: int, rows: int, tiles: int, *out: int) -> None:
+        parameters: list[Parameter] = [(table, ctypes.c_void_p), (rows, ctypes.c_uint32), (tiles, ctypes.c_uint32)]
         parameters += [(o, ctypes.c_void_p) for o in out]
         stream.launch(kernel, min(self._room, -(-tiles // WARPS)), THREADS, parameters)
 

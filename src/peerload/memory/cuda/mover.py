@@ -15,19 +15,21 @@ import numpy as np
 from ...deadline import Deadline
 from ...model.boxes import IntArray
 from ...native.columns import Columns
+from ...native.tables import LARGEST_NBYTES, CopyRows, DigestRows
 from ...planning.batch import Batch
-from . import copies, digest
 from .driver import Device
 from .kernels import Kernels
-from .tables import Lane, Table
+from .tables import Lane
 
 #: A launch moves about so much: what may still be written once a deadline has passed.
-GRAIN_NBYTES: Final = 2 << 30
+GRAIN_NBYTES: Final = 4 << 30
 #: Contiguous runs of at least this are left to the copy engines: once started 10 % faster between GPUs, and four times as fast
 #: where the two ends aren't equally aligned (82 and 374 GB/s).
 ENGINE_NBYTES: Final = 16 << 20
 #: Addresses that share all bits above these lie in memory of one kind: allocations of devices are cut from blocks of 2 MiB.
 KIND_BITS: Final = 21
+#: The kernel's widest unit, bytes.
+WIDEST: Final = 16
 
 
 class Mover:
@@ -47,7 +49,7 @@ class Mover:
         """One for the length of a block, at the end of which all its work has been done."""
         with self._lock:
             lane = self._idle.pop() if self._idle else None
-        lane = lane or Lane(self.device, max(copies.ROW.itemsize, digest.ROW.itemsize))
+        lane = lane or Lane(self.device)
         try:
             yield lane
         finally:
@@ -66,43 +68,42 @@ class Mover:
     def copy(self, lane: Lane, batch: Batch, deadline: Deadline | None = None, doing: str = "") -> None:
         """All of `batch`, whose addresses kernels can touch. Returns when it is done. Raises DeadlineExceeded, once nothing is
         written any more."""
-        size = batch.run * batch.count.prod(axis=1)
-        if len(batch) == 0 or int(size.sum()) == 0:
+        total, largest = Columns(batch).total()
+        if total == 0:
             if deadline is not None:
                 deadline.check(doing)
             return
-        if int(size.max()) > GRAIN_NBYTES:
-            batch, _ = batch.cut(GRAIN_NBYTES)
-            size = batch.run * batch.count.prod(axis=1)
-        group = (np.cumsum(size) - size) // GRAIN_NBYTES
-        edges = [0, *(1 + np.flatnonzero(np.diff(group))).tolist(), len(batch)]
+        if largest > LARGEST_NBYTES:
+            batch, _ = batch.cut(LARGEST_NBYTES)
+        edges = [0, len(batch)]
+        if total > GRAIN_NBYTES:
+            size = batch.sizes
+            group = (np.cumsum(size) - size) // GRAIN_NBYTES
+            edges[1:1] = (1 + np.flatnonzero(np.diff(group))).tolist()
         for begin, end in pairwise(edges):
             if deadline is not None:
                 deadline.check(doing)
             part = batch.take(slice(begin, end))
-            long = (part.run >= ENGINE_NBYTES) & (part.count == 1).all(axis=1)
-            table, tiles = copies.rows_of(part.take(np.flatnonzero(~long)))
-            # A table is made while the group before moves: one is under way at any time.
-            if begin:
+            if begin:  # one group is under way at any time
                 lane.stream.wait(deadline, doing)
-            if len(table):
-                lane.run(table, tiles, partial(self._kernels().copy, lane.stream))
-            for i in np.flatnonzero(long).tolist():
+            long = np.flatnonzero(part.run >= ENGINE_NBYTES)
+            long = long[(part.count[long] == 1).all(axis=1)]
+            for i in long.tolist():
                 lane.stream.move(int(part.dst[i]), int(part.src[i]), int(part.run[i]))
+            if len(long):
+                part = part.take(np.setdiff1d(np.arange(len(part)), long))
+            if len(part):
+                lane.run(CopyRows(part), partial(self._kernels().copy, lane.stream))
         lane.stream.wait(deadline, doing)
 
-    def digest(self, lane: Lane, table: Table, tiles: IntArray, slots: int) -> IntArray:
-        """[slots, 2] low and high halves summed, of the rows of `digest.rows_of`."""
+    def digest(self, lane: Lane, boxes: DigestRows, slots: int) -> IntArray:
+        """[slots, 2] low and high halves of digests, summed."""
         found = np.zeros((slots, 2), np.int64)
-        sums = self.device.allocate(found.nbytes)
-        try:
-            lane.stream.clear(sums, found.nbytes)
-            lane.run(table, tiles, partial(self._kernels().digest, lane.stream, sums))
-            lane.stream.download(found.ctypes.data, sums, found.nbytes)
-            lane.stream.wait()
-        finally:
-            lane.stream.wait()
-            self.device.free(sums)
+        sums = lane.results.of(found.nbytes)
+        lane.stream.clear(sums, found.nbytes)
+        lane.run(boxes, partial(self._kernels().digest, lane.stream, sums))
+        lane.stream.download(found.ctypes.data, sums, found.nbytes)
+        lane.stream.wait()
         return found
 
     def close(self) -> None:
@@ -134,7 +135,12 @@ def kinds(device: Device, batch: Batch) -> tuple[IntArray, IntArray]:
     blocks, which = np.unique(batch.src >> KIND_BITS, return_inverse=True)
     first = np.zeros(len(blocks), np.int64)
     first[which[::-1]] = np.arange(len(batch))[::-1]  # some row of each
-    readable = np.array([device.can_read(address) for address in batch.src[first].tolist()], np.bool_)[which]
+    readable, end = np.zeros(len(blocks), np.bool_), 0
+    for i, address in enumerate(batch.src[first].tolist()):
+        if address >= end and device.can_read(address) and device.holds(address):
+            end = device.block(address).end  # one question for each allocation
+        readable[i] = address < end or device.can_read(address)
+    readable = readable[which]
     return np.flatnonzero(readable), np.flatnonzero(~readable)
 
 
@@ -142,9 +148,9 @@ def packed(batch: Batch, at: int) -> tuple[Batch, Batch, int]:
     """`batch` in two halves that meet in dense memory from `at`, in order of rows: into it, and out of it. Also its bytes."""
     inner = np.cumprod(batch.count[:, :0:-1], axis=1)[:, ::-1]
     step = np.column_stack([inner, np.ones(len(batch), np.int64)]) * batch.run[:, None]
-    size = batch.run * batch.count.prod(axis=1)
+    size = batch.sizes
     # From multiples of 16, so that wide units stay possible.
-    room = -(-size // copies.WIDEST) * copies.WIDEST
+    room = -(-size // WIDEST) * WIDEST
     place = at + np.cumsum(room) - room
     gather = Batch(batch.src, place, batch.run, batch.count, batch.src_step, step)
     scatter = Batch(place, batch.dst, batch.run, batch.count, step, batch.dst_step)
@@ -154,8 +160,8 @@ def packed(batch: Batch, at: int) -> tuple[Batch, Batch, int]:
 def portions(batch: Batch, nbytes: int) -> Iterator[Batch]:
     """The same copies in parts that `packed` fits into `nbytes`."""
     batch, _ = batch.cut(nbytes)
-    size = batch.run * batch.count.prod(axis=1)
-    room = np.cumsum(-(-size // copies.WIDEST) * copies.WIDEST)
+    size = batch.sizes
+    room = np.cumsum(-(-size // WIDEST) * WIDEST)
     begin = 0
     while begin < len(batch):
         before = int(room[begin - 1]) if begin else 0

@@ -3,81 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from .driver import Device, Stream
 
-#: A table goes in parts of at most so many rows: 9 MB of the widest.
-ROWS: Final = 1 << 16
-#: A launch takes at most so many tiles, so that their number fits 32 bits with room to spare.
+#: A table goes in parts of at most so many rows: 5 MB of the widest.
+ROWS: Final = 1 << 15
+#: A launch takes about so many tiles at most, so that their number fits 32 bits with room to spare.
 TILES: Final = 1 << 30
 
-Table = npt.NDArray[np.void]
+
+class Rows(Protocol):
+    """What `peerload.native.tables` makes tables of."""
+
+    @property
+    def row_nbytes(self) -> int: ...
+
+    def fill(self, address: int, room: int, most: int) -> tuple[int, int, int]: ...
 
 
 class Lane:
-    """A stream and device memory for tables of `row_nbytes` bytes a row. For one thread at a time."""
+    """A stream, and memory for tables and results. For one thread at a time."""
 
-    def __init__(self, device: Device, row_nbytes: int) -> None:
+    def __init__(self, device: Device) -> None:
         self.device: Final = device
         self.stream: Final = Stream(device)
-        self._capacity = 0
-        self._row_nbytes = row_nbytes
-        self._table = self._first = 0
+        self._host = np.empty(0, np.uint8)
+        self._table = Scratch(self)
+        self.results: Final = Scratch(self)
 
-    def run(self, table: Table, tiles: npt.NDArray[np.int64], launch: Callable[[int, int, int, int], None]) -> None:
-        """launch(table, first, rows, tiles) for part after part of `table` [n], whose row i has tiles[i] > 0."""
-        begin = 0
-        while begin < len(table):
-            ends = np.cumsum(tiles[begin : begin + ROWS])
-            size = max(1, int(np.searchsorted(ends, TILES, "right")))
-            first = np.zeros(size + 1, np.uint32)
-            first[1:] = ends[:size]
-            self._room(size)
-            self.stream.upload(self._table, table[begin : begin + size])
-            self.stream.upload(self._first, first)
-            launch(self._table, self._first, size, int(ends[size - 1]))
-            begin += size
-
-    def _room(self, rows: int) -> None:
-        """Memory for a part. Grows seldom: 1,024 rows, then all there can be."""
-        if rows > self._capacity:
-            self.stream.wait()
-            self._free()
-            capacity = 1024 if rows <= 1024 else ROWS
-            self._table = self.device.allocate(capacity * self._row_nbytes)
-            self._first = self.device.allocate((capacity + 1) * 4)
-            self._capacity = capacity
-
-    def _free(self) -> None:
-        for address in (self._table, self._first):
-            if address:
-                self.device.free(address)
-        self._table = self._first = self._capacity = 0
+    def run(self, rows: Rows, launch: Callable[[int, int, int], None]) -> None:
+        """launch(table, rows, tiles) for one table after the other, until there are no more rows."""
+        room = ROWS * rows.row_nbytes
+        if self._host.size < room:
+            self._host = np.empty(room, np.uint8)
+        while True:
+            nbytes, count, tiles = rows.fill(self._host.ctypes.data, ROWS, TILES)
+            if count == 0:
+                return
+            table = self._table.of(nbytes)
+            self.stream.upload(table, self._host[:nbytes])
+            launch(table, count, tiles)
 
     def close(self) -> None:
         self.stream.wait()
-        self._free()
+        for scratch in (self._table, self.results):
+            scratch.close()
         self.stream.close()
 
 
-def alignment(*columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Row by row, 0..4: the exponent of the largest power of two, up to 16, that divides all columns."""
-    joined = columns[0] & 15
-    for column in columns[1:]:
-        joined |= column & 15
-    found: npt.NDArray[np.int64] = _TRAILING_ZEROS[joined]
-    return found
+class Scratch:
+    """Device memory of a lane, kept between uses: allocating takes a millisecond."""
 
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._address = self._nbytes = 0
 
-_TRAILING_ZEROS: Final = np.array([4, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0])
+    def of(self, nbytes: int) -> int:
+        """Where `nbytes` are. What was there before is no longer used by anybody, or was put there by the lane's stream."""
+        if nbytes > self._nbytes:
+            self._lane.stream.wait()
+            self.close()
+            room = max(1 << 16, 1 << (nbytes - 1).bit_length())
+            self._address, self._nbytes = self._lane.device.allocate(room), room
+        return self._address
 
-
-def as_table(kind: npt.DTypeLike, rows: int, **columns: npt.NDArray[Any]) -> Table:
-    table = np.zeros(rows, kind)
-    for name, values in columns.items():
-        table[name] = values
-    return table
+    def close(self) -> None:
+        if self._address:
+            self._lane.device.free(self._address)
+        self._address = self._nbytes = 0
