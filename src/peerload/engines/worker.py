@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,19 +28,22 @@ from torch import Tensor, nn
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError
+from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError, VerifyError
 from ..job.load import Job, Member, load
 from ..job.seed import Seed
 from ..memory.placing import placed, regions_for
 from ..memory.region import Region
 from ..memory.space import space_on
 from ..model.catalog import Catalog, ModelKey, Parallel, is_derived
+from ..model.offer import Offer
 from ..receipt import Receipt, readable
 from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
 from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
+from .recipes import Choice, Group, groups_of, names_of, suffices
+from .settle import Said, Unsettled
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +103,7 @@ class Identity:
 
 
 class Worker:
-    """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
+    """Use: `load` before the engine's post-processing, `settle` and `serve` after it, `close` in the end. Not thread-safe.
 
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
     engine calls the model, a name or a path. load_weights: the model's own loader, as the engine calls it. finish: what the
@@ -121,6 +124,8 @@ class Worker:
         self._load_weights, self._finish = load_weights, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
+        self._unsettled: Unsettled | None = None
+        self._settles = False  # does any rank hold what recipes have made?
 
     @cached_property
     def _directory(self) -> Path:
@@ -130,10 +135,15 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. All ranks return, or all raise, and then the
         model must not be used: NotFollowed if the engine may load it from disk (`fallback`), else what went wrong here, or
         CommitError with what went wrong on another rank."""
-        try:
+        with self._or_from_disk():
             return self._load(model)
+
+    @contextmanager
+    def _or_from_disk(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            self._loaded = None
+            self._loaded = self._unsettled = None
             if self._config.fallback != "disk":
                 raise
             if not isinstance(error, PeerloadError):
@@ -145,16 +155,44 @@ class Worker:
     def _load(self, model: nn.Module) -> Receipt:
         deadline = Deadline.after(self._config.deadline_s)
         with ExitStack() as stack:
-            with self._together(deadline) as loading:
+            with self._together(deadline) as said:
                 key, catalog, checkpoint = self._source(deadline)
-                loading.append(str(key))
+                said.key = str(key)
                 traced = self._trace(model, catalog)
-                job = self._job(model, key, checkpoint, traced, deadline, stack)
+                groups = groups_of(traced)
+                held = self._held(key, groups, deadline) if groups else {}
+                said.seeds = frozenset(held) if groups else None
+            choice = Choice.of(traced, groups, frozenset().union(*(held[seed] for seed in said.seeds or () if seed in held)))
+            with self._together(deadline, 1) as said:
+                said.recipes = bool(choice.taken)
+                job = self._job(model, key, checkpoint, choice, deadline, stack)
+            self._settles = said.recipes
             receipt = load(job)
         self._report(receipt)
+        made = names_of(choice.taken).keys() - names_of(choice.without(receipt.left).taken).keys()
+        digests = {row: digest for row, digest in receipt.digests.items() if row not in made}
         if self._loaded is not None:
-            self._loaded[1].prove(receipt.digests)
+            self._loaded[1].prove(digests)
+        if self._unsettled is not None:
+            self._unsettled.prove(digests)
         return receipt
+
+    def settle(self, model: nn.Module) -> None:
+        """After the engine's post-processing, and before the model is used: has it left what came from seeds in post-processed
+        form as they had it? All ranks return, or all raise as `load` does."""
+        if not self._settles:
+            return
+        with self._or_from_disk():
+            deadline, who = Deadline.after(self._config.deadline_s), self._identity
+            unsettled, self._unsettled = self._unsettled, None
+            with self._together(deadline, 2) as said:
+                said.problem = unsettled.problem(model, threads=self._config.threads) if unsettled is not None else ""
+            if said.problem:
+                raise VerifyError(
+                    f"{who.instance}: {said.problem}",
+                    next_step="this engine's kernels differ from the seed's: use fallback=disk, or a seed with the same kernels",
+                )
+            self._say("what came in post-processed form is as the seeds have it, on all ranks")
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
@@ -208,34 +246,48 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline) -> Iterator[list[str]]:
-        """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
-        for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
-        who, loading = self._identity, list[str]()
+    def _together(self, deadline: Deadline, number: int = 0) -> Iterator[Said]:
+        """Step `number` of a load. If the block fails on one rank, it fails on all: the others raise CommitError with the reason,
+        and none of them waits for a load that won't begin. The block says what it has to say, and afterwards that is what all
+        have said together; all raise CommitError if they would load different models."""
+        who, said = self._identity, Said()
         if who.size == 1:
-            yield loading
+            yield said
             return
         group = f"{who.instance}/{who.launch.number}/begin"
         with CoordinatorClient(self._config.url) as client:
             try:
-                yield loading
+                yield said
             except BaseException as error:
                 try:
-                    client.abort(group, 0, who.rank, who.size, _reason(error))
+                    client.abort(group, number, who.rank, who.size, _reason(error))
                 except PeerloadError as unheard:
                     log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
                 raise
             try:
-                heard = client.agree(group, 0, who.rank, who.size, "".join(loading).encode(), deadline)
+                heard = client.agree(group, number, who.rank, who.size, said.encode(), deadline)
             except CommitError as error:
                 raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
-        for rank, said in enumerate(heard):
-            if said != heard[0]:
-                raise CommitError(
-                    f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
-                    f"{said.decode(errors='replace')}",
-                    next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
+        said.join(heard)
+
+    def _held(self, key: ModelKey, groups: Sequence[Group], deadline: Deadline) -> dict[str, frozenset[str]]:
+        """Names of the logical tensors that seeds hold parts of, by seed; waits up to `wait_s` for what `groups` ask for."""
+
+        def names(offers: Iterable[Offer]) -> dict[str, frozenset[str]]:
+            return {
+                f"{o.source} {o.source.generation}": frozenset(
+                    o.layout.catalog.names[row] for row in np.unique(o.layout.pieces.tensor).tolist()
                 )
+                for o in offers
+            }
+
+        with CoordinatorClient(self._config.url) as client:
+            if self._config.wait_s > 0:
+                within = deadline.within(self._config.wait_s)
+                with suppress(DeadlineExceeded):  # what nobody has by then comes from elsewhere
+                    found = client.wait_for(key, within, lambda o: suffices(groups, frozenset().union(*names(o).values())))
+                    return names(found)
+            return names(client.discover(key, deadline))
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -293,10 +345,11 @@ class Worker:
         return traced
 
     def _job(
-        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced, deadline: Deadline, stack: ExitStack
+        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, choice: Choice, deadline: Deadline, stack: ExitStack
     ) -> Job:
         """This rank's load, with everything open that it needs until `stack` is closed."""
         who, config = self._identity, self._config.replace(deadline_s=deadline.remaining_s)
+        traced, layout = choice.traced, choice.layout
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         device = device_of(tensors)
@@ -305,16 +358,20 @@ class Worker:
         def complete(left: tuple[str, ...]) -> None:
             if left:
                 assert checkpoint is not None, "nothing is left without one"
-                self._derive(model, checkpoint, traced, left)
+                self._derive(model, checkpoint, choice, left)
+            come = choice.without(left)
+            if come.taken:
+                self._unsettled = Unsettled.of(come, threads=config.threads)
             if config.source:  # before the engine's last step, which targets take themselves
-                kept = {"retain_nbytes": config.retain_bytes, "threads": config.threads}
-                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(traced, **kept)))
+                limits = {"retain_nbytes": config.retain_bytes, "staging_nbytes": config.staging_bytes, "threads": config.threads}
+                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(come, **limits)))
+            come.prepare(config.staging_bytes)
             if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
                 self._finish(model)
 
         return Job(
             key,
-            traced.layout,
+            layout,
             address,
             _regions(tensors, config),
             Member(who.instance, who.rank, who.size, who.launch.number),
@@ -327,9 +384,10 @@ class Worker:
             complete=complete,
         )
 
-    def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
+    def _derive(self, model: nn.Module, checkpoint: Checkpoint, choice: Choice, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
-        derived = [traced.derived[name] for name in names]
+        known = choice.derived
+        derived = [known[name] for name in names]
         wanted = sorted({name for d in derived for name in d.covers})
         self._say(
             "no seed has %d derived tensors (%s: %s): %s makes them from %d checkpoint tensors on disk",
