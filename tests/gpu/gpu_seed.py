@@ -12,15 +12,14 @@ import numpy as np
 
 from peerload.config import Config
 from peerload.coordinator.client import CoordinatorClient
+from peerload.job.rank import Member, Rank
 from peerload.job.seed import Seed
 from peerload.memory.arena import Arena
-from peerload.memory.space import space_on
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.model.layout import Layout
 from peerload.testing.gpu import DeviceArena
 from peerload.testing.instances import content
 from peerload.testing.layouts import Model, layout
-from peerload.transport.registry import opened_transports
 
 CONFIG = Config(registration="arena", fallback="fail", deadline_s=60.0)
 
@@ -89,19 +88,9 @@ def _serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, ins
             rank = GpuRank(layout(model, parallel, i), f"cuda:{i % gpus}")
             stack.enter_context(closing(rank.arena))
             rank.write(model, parallel)
-            transports = stack.enter_context(opened_transports(CONFIG, rank.gpu))
-            for transport in transports.values():
-                transport.register([rank.arena.region()])
-            seed = Seed(
-                ModelKey(name, model.name),
-                rank.layout,
-                rank.address,
-                coordinator=client,
-                transports=transports,
-                instance=instance,
-                space=space_on(rank.gpu),
-            )
-            stack.enter_context(seed)
+            key, member, regions = ModelKey(name, model.name), Member(instance, i), [rank.arena.region()]
+            offered = Rank(key, rank.layout, rank.address, regions, member, CONFIG, client, rank.gpu)
+            stack.enter_context(Seed(offered))
             ranks.append(rank)
         link.send("ready")
         while (order := link.recv()) != "end":

@@ -17,7 +17,7 @@ from peerload.engines.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_d
 from peerload.errors import ConfigError
 from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, Parallel, TensorSpec
-from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
+from peerload.model.layout import Constant, Layout, Piece, Pieces
 from peerload.testing.strategies import catalogs, instances
 
 KEY = LayoutKey("vllm", "1.2", "abc", "0123456789abcdef", "fp8", Parallel(4, 2, 4), 3, "cuda 9.0")
@@ -37,7 +37,6 @@ def kept() -> Kept:
         np.array([30, 12, 7], np.int64),
         Pieces.of(pieces, CATALOG.width),
         (Constant(0, 24, (3,), (2,), b"\x80\xbf"),),
-        (Opaque("r", "tag", 2, 0, 7, ("a",), "swizzled"),),
         {"a as F32": "a"},
         {"b": "not for us"},
         Parallel(4, 2, 4),
@@ -52,7 +51,7 @@ def assert_same(found: Kept | None, wanted: Kept) -> None:
         assert getattr(found, name) == getattr(wanted, name), name
     a, b = found.layout, wanted.layout
     assert a.catalog == b.catalog
-    for name in ("buffer_names", "constants", "opaques", "aliases", "ignored", "parallel", "rank"):
+    for name in ("buffer_names", "constants", "aliases", "ignored", "parallel", "rank"):
         assert getattr(a, name) == getattr(b, name), name
     assert a.buffer_nbytes.tolist() == b.buffer_nbytes.tolist()
     for name in ("tensor", "start", "stop", "buffer", "offset", "stride"):

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def regions(answer: Answer) -> Iterator[Region]:
-    """All of a rank's pieces, constants and opaque regions, buffer by buffer and in order of their offsets."""
+    """All of a rank's pieces and constants, buffer by buffer and in order of their offsets."""
     layout = answer.layout
     found: list[tuple[int, Region]] = []
     for piece in layout.written.tolist():
@@ -152,10 +152,6 @@ def regions(answer: Answer) -> Iterator[Region]:
         note = f"constant 0x{c.fill[::-1].hex()} in {list(c.shape)}"
         nbytes = math.prod(c.shape) * len(c.fill)
         found.append((c.buffer, Region(layout.buffer_names[c.buffer], c.offset, nbytes, "", "", c.strides, note)))
-    found += [
-        (o.buffer, Region(layout.buffer_names[o.buffer], o.offset, o.nbytes, "", "", (), f"opaque: {o.reason}"))
-        for o in layout.opaques
-    ]
     return (region for _, region in sorted(found, key=lambda f: (f[0], f[1].offset)))
 
 
@@ -192,7 +188,6 @@ def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -
         "nbytes": int(layout.buffer_nbytes.sum()),
         "pieces": len(layout.written),
         "constants": len(layout.constants),
-        "opaque": len(layout.opaques),
         "seconds": round(answer.seconds, 4),
         "cached": answer.cached,
         "regions": [r.document() for r in rows],
@@ -228,8 +223,8 @@ def summary(layout: Layout, seconds: float, *, cached: bool) -> str:
     written = int(np.sum(layout.piece_nbytes[layout.written]))
     return (
         f"rank {layout.rank}: {int(layout.buffer_nbytes.sum()) / 1e6:,.1f} MB in {len(layout.buffer_names)} parameters, "
-        f"{written / 1e6:,.1f} MB of them {len(layout.written)} pieces, {len(layout.constants)} constants, "
-        f"{len(layout.opaques)} opaque; {how} in {seconds:.2f} s"
+        f"{written / 1e6:,.1f} MB of them {len(layout.written)} pieces, {len(layout.constants)} constants; "
+        f"{how} in {seconds:.2f} s"
     )
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ..engines.bare import bare_ranks
     from ..engines.checkpoint import ModelFiles
     from ..engines.shards import writable, write_rank
-    from ..job.load import Member
+    from ..job.rank import Member
 
     config, parallel = config_of(args, fallback="fail"), parallel_of(args)
     deadline = Deadline.after(config.deadline_s)

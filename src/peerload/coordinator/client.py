@@ -247,15 +247,18 @@ class CoordinatorClient:
         return offers or [], False
 
     def discover_files(self, model: ModelKey, deadline: Deadline | None = None) -> Mapping[str, bytes]:
-        """The files of the first instance and rank of `model` that announced any. Raises CoordinatorError when none
-        did."""
+        """The files of `model` that most instances announce, or else the next that can be read. Raises CoordinatorError when
+        there are none."""
         deadline = self._deadline(deadline)
+        announced: dict[str, set[str]] = {}
         for message in self._announcements(model, deadline):
             if message.files:
-                try:
-                    return self._blobs.files(message.files, self._fetching(deadline))
-                except _BlobMissing as error:
-                    log.warning("%s", error.message)
+                announced.setdefault(message.files, set()).add(message.source.instance)
+        for digest in sorted(announced, key=lambda digest: -len(announced[digest])):
+            try:
+                return self._blobs.files(digest, self._fetching(deadline))
+            except (ManifestError, _BlobMissing) as error:
+                log.warning("left out files that %s announces: %s", ", ".join(sorted(announced[digest])), error.message)
         raise CoordinatorError(
             f"no seed of {model} at coordinator {self.url} has announced files",
             next_step="start a seed, or give the model's directory",
@@ -343,11 +346,10 @@ class CoordinatorClient:
         return _decided(reply, key)
 
     def abort(self, group: str, number: int, rank: int, size: int, reason: str, deadline: Deadline | None = None) -> None:
-        """Say no, so that every rank that waits in `agree` raises CommitError with this reason. Tries for `timeout_s` at most,
-        and no longer than until `deadline`."""
+        """Say no, so that every rank that waits in `agree` raises CommitError with this reason."""
         request = _vote(Round(group, number), rank, size, 0.0, self._epochs.get(group, ""))
         request.abort = reason[:_MAX_REASON]
-        self._agree(request, self._deadline(deadline).within(self._timeout_s), "aborting")
+        self._agree(request, self._deadline(deadline), "aborting")
 
     def _agree(self, request: pb.AgreeRequest, deadline: Deadline, doing: str, patience_s: float = math.inf) -> pb.AgreeReply:
         return self._retry(lambda stub, t: stub.Agree(request, timeout=t), deadline, doing, patience_s=patience_s)

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from ..errors import ManifestError
 from ..model.boxes import IntArray
 from ..model.catalog import Catalog, ModelKey, Parallel
-from ..model.layout import Constant, Layout, Opaque, Pieces
+from ..model.layout import Constant, Layout, Pieces
 from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ._generated import peerload_pb2 as pb
 from .directory import MAX_RANKS, Record
@@ -257,10 +257,6 @@ def encode_layout(layout: Layout, catalog: str) -> Blob:
             pb.Constant(buffer=c.buffer, offset=c.offset, shape=_numbers(c.shape), stride=_numbers(c.strides), fill=c.fill)
             for c in layout.constants
         ],
-        opaque=[
-            pb.Opaque(name=o.name, tag=o.tag, buffer=o.buffer, offset=o.offset, nbytes=o.nbytes, covers=o.covers, reason=o.reason)
-            for o in layout.opaques
-        ],
         alias=_pairs(layout.aliases),
         ignored=_pairs(layout.ignored),
         parallel=encode_parallel(layout.parallel),
@@ -295,7 +291,6 @@ def decode_layout(data: bytes, catalog_of: Callable[[str], Catalog]) -> Layout:
         buffer_nbytes=_column(message.buffer_nbytes, "layout.buffer_nbytes"),
         pieces=pieces,
         constants=tuple(_constant(c, f"layout.constants[{i}]") for i, c in enumerate(message.constant)),
-        opaques=tuple(Opaque(o.name, o.tag, o.buffer, o.offset, o.nbytes, tuple(o.covers), o.reason) for o in message.opaque),
         aliases={pair.name: pair.text for pair in message.alias},
         ignored={pair.name: pair.text for pair in message.ignored},
         parallel=decode_parallel(message.parallel),

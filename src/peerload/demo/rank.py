@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..engines.transformers.open import greedy, parameters_of, stock_model
 from ..errors import PeerloadError
-from ..job.load import Member
+from ..job.rank import Member
 from ..model.catalog import Parallel
 from .events import Failed, Generated, Loaded, Progress
 from .instance import RankSpec

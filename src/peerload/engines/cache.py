@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import ConfigError, ManifestError
 from ..model.catalog import Catalog, Parallel
-from ..model.layout import Constant, Layout, Opaque, Pieces
+from ..model.layout import Constant, Layout, Pieces
 
 #: Goes up whenever what is written changes.
 FORMAT: Final = 2
@@ -159,7 +159,6 @@ def _encoded(key: LayoutKey, kept: Kept) -> str:
             "tensors": [layout.catalog.names, layout.catalog.dtypes, layout.catalog.shapes],
             "pieces": {name: getattr(p, name).tolist() for name in _COLUMNS},
             "constants": [[c.buffer, c.offset, c.shape, c.strides, c.fill.hex()] for c in layout.constants],
-            "opaques": [[o.name, o.tag, o.buffer, o.offset, o.nbytes, o.covers, o.reason] for o in layout.opaques],
         }
     )
     return json.dumps({**head, "sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
@@ -187,7 +186,6 @@ def _decoded(text: str, key: LayoutKey) -> Kept:
         np.array(found["buffers"][1], np.int64),
         pieces,
         tuple(Constant(b, at, tuple(shape), tuple(step), bytes.fromhex(fill)) for b, at, shape, step, fill in found["constants"]),
-        tuple(Opaque(n, tag, b, at, size, tuple(covers), why) for n, tag, b, at, size, covers, why in found["opaques"]),
         found["aliases"],
         found["ignored"],
         Parallel(**found["parallel"]),

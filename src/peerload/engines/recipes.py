@@ -395,6 +395,11 @@ class Choice:
         names = frozenset(left)
         return replace(self, taken=[g for g in self.taken if not g.names & names])
 
+    def arrived(self, digests: Mapping[int, int]) -> dict[int, int]:
+        """Of digests by piece, measured when the bytes arrived, those of pieces that are named now as they were then."""
+        gone = names_of(self.groups).keys() - names_of(self.taken).keys()
+        return {row: digest for row, digest in digests.items() if row not in gone}
+
     @property
     def others(self) -> list[Group]:
         """What has been loaded as the checkpoint has it."""

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CommitError
+from ..config import Config
+from ..coordinator.client import CoordinatorClient
+from ..deadline import Deadline
+from ..errors import CommitError, DeadlineExceeded
 from ..integrity.digest import DigestArray
 from ..memory.space import Space, digest_layout, space_on
 from ..model.boxes import IntArray
+from ..model.catalog import ModelKey
 from ..model.layout import Layout
+from ..model.offer import Offer
 from .intact import Storages, device_of
-from .recipes import Choice, names_of
+from .recipes import Choice, Group, names_of, suffices
 
 
 @dataclass(slots=True)
 class Said:
-    """What a rank says at a step of its load, and then what all ranks say together. key: the model, the same for all. seeds: found
-    by this rank, and then by all; None: it doesn't ask. recipes: does it take what recipes have made? problem: with that, in
-    words."""
+    """What a rank says at a step of its load, and then what all ranks say together. key: the model, the same for all.
+    seeds: found by this rank, and then by all; None: it doesn't ask. recipes: does it take what recipes have made?
+    problem: with that, in words."""
 
     key: str = ""
     seeds: frozenset[str] | None = None
@@ -114,3 +120,26 @@ class Unsettled:
             if memory is not None and torch.equal(memory, left):
                 return f"post-processing has left {name} alone, where one scale was expected of it"
         return ""
+
+
+def held_by_seeds(
+    client: CoordinatorClient, key: ModelKey, groups: Sequence[Group], config: Config, deadline: Deadline
+) -> dict[str, frozenset[str]]:
+    """Names of the logical tensors that seeds hold parts of, by seed; waits up to `wait_s` until they hold all of `groups`."""
+
+    def names(offers: Sequence[Offer]) -> dict[str, frozenset[str]]:
+        """Ranks of one layout share it."""
+        known: dict[int, frozenset[str]] = {}
+        for layout in (o.layout for o in offers):
+            if id(layout) not in known:
+                rows = np.unique(layout.pieces.tensor).tolist()
+                known[id(layout)] = frozenset(layout.catalog.names[row] for row in rows)
+        return {f"{o.source} {o.source.generation}": known[id(o.layout)] for o in offers}
+
+    def enough(offers: Sequence[Offer]) -> bool:
+        return suffices(groups, frozenset().union(*names(offers).values()))
+
+    if config.wait_s > 0:
+        with suppress(DeadlineExceeded):  # what nobody has by then comes from elsewhere
+            return names(client.wait_for(key, deadline.within(config.wait_s), enough))
+    return names(client.discover(key, deadline))

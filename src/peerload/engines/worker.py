@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,22 +28,30 @@ from torch import Tensor, nn
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError, VerifyError
-from ..job.load import Job, Member, load
+from ..errors import (
+    ConfigError,
+    CoordinatorError,
+    DeadlineExceeded,
+    LayoutError,
+    PeerloadError,
+    VerifyError,
+    reason_of,
+)
+from ..job.exchange import Group
+from ..job.load import Job, load
+from ..job.rank import Member, Rank
 from ..job.seed import Seed
 from ..memory.placing import placed, regions_for
 from ..memory.region import Region
-from ..memory.space import space_on
 from ..model.catalog import Catalog, ModelKey, Parallel, is_derived
-from ..model.offer import Offer
 from ..receipt import Receipt, readable
 from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
-from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
-from .recipes import Choice, Group, groups_of, names_of, suffices
-from .settle import Said, Unsettled
+from .recipes import Choice, groups_of
+from .settle import Said, Unsettled, held_by_seeds
+from .versions import warn_unless_tested
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +109,16 @@ class Identity:
     def instance(self) -> str:
         return self.launch.instance
 
+    @property
+    def member(self) -> Member:
+        return Member(self.instance, self.rank, self.size, self.launch.number)
+
 
 class Worker:
     """Use: `load` before the engine's post-processing, `settle` and `serve` after it, `close` in the end. Not thread-safe.
 
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
-    engine calls the model, a name or a path. load_weights: the model's own loader, as the engine calls it. finish: what the
+    engine calls the model, a name or a path. engine_loader: the model's own loader, as the engine calls it. finish: what the
     engine computes out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there;
     None if it has no such step."""
 
@@ -116,12 +128,12 @@ class Worker:
         config: Config,
         directory: Callable[[], Path],
         *,
-        load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
+        engine_loader: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
         known_as: str = "",
     ) -> None:
         self._identity, self._config, self._find, self._known_as = identity, config, directory, known_as
-        self._load_weights, self._finish = load_weights, finish
+        self._engine_loader, self._finish = engine_loader, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
         self._unsettled: Unsettled | None = None
@@ -150,27 +162,28 @@ class Worker:
                 log.exception(
                     "peerload: rank %d failed", self._identity.rank
                 )  # ours or the engine's bug, and no reason not to serve
-            raise NotFollowed("; ".join(map(str.strip, _reason(error).splitlines()))[:_REASON]) from error
+            raise NotFollowed("; ".join(map(str.strip, reason_of(error).splitlines()))[:_REASON]) from error
 
     def _load(self, model: nn.Module) -> Receipt:
+        if self._identity.rank == 0:
+            warn_unless_tested(self._identity.engine)
         deadline = Deadline.after(self._config.deadline_s)
-        with ExitStack() as stack:
-            with self._together(deadline) as said:
-                key, catalog, checkpoint = self._source(deadline)
+        with CoordinatorClient(self._config.url) as client:
+            with self._together(client, "begin", deadline) as said:
+                key, catalog, checkpoint = self._source(client, deadline)
                 said.key = str(key)
                 traced = self._trace(model, catalog)
                 groups = groups_of(traced)
-                held = self._held(key, groups, deadline) if groups else {}
+                held = held_by_seeds(client, key, groups, self._config, deadline) if groups else {}
                 said.seeds = frozenset(held) if groups else None
-            choice = Choice.of(traced, groups, frozenset().union(*(held[seed] for seed in said.seeds or () if seed in held)))
-            with self._together(deadline, 1) as said:
-                said.recipes = bool(choice.taken)
-                job = self._job(model, key, checkpoint, choice, deadline, stack)
-            self._settles = said.recipes
+            with self._together(client, "choose", deadline) as choosing:
+                choice = Choice.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
+                choosing.recipes = bool(choice.taken)
+                job = self._job(model, key, checkpoint, choice, deadline, client)
+            self._settles = choosing.recipes
             receipt = load(job)
         self._report(receipt)
-        made = names_of(choice.taken).keys() - names_of(choice.without(receipt.left).taken).keys()
-        digests = {row: digest for row, digest in receipt.digests.items() if row not in made}
+        digests = choice.without(receipt.left).arrived(receipt.digests)
         if self._loaded is not None:
             self._loaded[1].prove(digests)
         if self._unsettled is not None:
@@ -182,17 +195,16 @@ class Worker:
         form as they had it? All ranks return, or all raise as `load` does."""
         if not self._settles:
             return
-        with self._or_from_disk():
-            deadline, who = Deadline.after(self._config.deadline_s), self._identity
-            unsettled, self._unsettled = self._unsettled, None
-            with self._together(deadline, 2) as said:
+        unsettled, self._unsettled = self._unsettled, None
+        with self._or_from_disk(), CoordinatorClient(self._config.url) as client:
+            with self._together(client, "settle", Deadline.after(self._config.deadline_s)) as said:
                 said.problem = unsettled.problem(model, threads=self._config.threads) if unsettled is not None else ""
             if said.problem:
                 raise VerifyError(
-                    f"{who.instance}: {said.problem}",
-                    next_step="this engine's kernels differ from the seed's: use fallback=disk, or a seed with the same kernels",
+                    f"{self._identity.instance}, {said.problem}",
+                    next_step="the seed's kernels are others: allow fallback=disk, or load from a seed with the same kernels",
                 )
-            self._say("what came in post-processed form is as the seeds have it, on all ranks")
+        self._say("what came in post-processed form is as the seeds have it, on all ranks")
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
@@ -220,23 +232,10 @@ class Worker:
             return None
         client = self._stack.enter_context(CoordinatorClient(self._config.url))
         self._stack.callback(offered.memory.clear)  # after the transports, which read it
-        transports = self._stack.enter_context(opened_transports(self._config, loaded.space.device))
-        for transport in transports.values():
-            transport.register(_regions(offered.memory, self._config))
-        seed = Seed(
-            key,
-            offered.layout,
-            offered.address,
-            coordinator=client,
-            transports=transports,
-            instance=self._identity.instance,
-            files=self._files(),
-            attributes={"engine": self._identity.engine},
-            space=loaded.space,
-            digests=self._config.verifies,
-            proven=offered.proven,
-            threads=self._config.threads,
-        )
+        regions = _regions(offered.memory, self._config)
+        member, device = self._identity.member, loaded.space.device
+        rank = Rank(key, offered.layout, offered.address, regions, member, self._config, client, device)
+        seed = Seed(rank, files=self._files(), attributes={"engine": self._identity.engine}, proven=offered.proven)
         self._stack.enter_context(seed)
         self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
         return seed
@@ -246,48 +245,18 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline, number: int = 0) -> Iterator[Said]:
-        """Step `number` of a load. If the block fails on one rank, it fails on all: the others raise CommitError with the reason,
-        and none of them waits for a load that won't begin. The block says what it has to say, and afterwards that is what all
-        have said together; all raise CommitError if they would load different models."""
+    def _together(self, client: CoordinatorClient, step: str, deadline: Deadline) -> Iterator[Said]:
+        """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
+        for a load that won't begin. The block says what it has to say; afterwards, that is what all ranks say together."""
         who, said = self._identity, Said()
-        if who.size == 1:
+        group = Group(f"{who.member.group}/{step}", who.rank, who.size, client, deadline)
+        try:
             yield said
-            return
-        group = f"{who.instance}/{who.launch.number}/begin"
-        with CoordinatorClient(self._config.url) as client:
-            try:
-                yield said
-            except BaseException as error:
-                try:
-                    client.abort(group, number, who.rank, who.size, _reason(error))
-                except PeerloadError as unheard:
-                    log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
-                raise
-            try:
-                heard = client.agree(group, number, who.rank, who.size, said.encode(), deadline)
-            except CommitError as error:
-                raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
+            heard = group.tell(said.encode())
+        except BaseException as error:
+            group.abort(error)
+            raise
         said.join(heard)
-
-    def _held(self, key: ModelKey, groups: Sequence[Group], deadline: Deadline) -> dict[str, frozenset[str]]:
-        """Names of the logical tensors that seeds hold parts of, by seed; waits up to `wait_s` for what `groups` ask for."""
-
-        def names(offers: Iterable[Offer]) -> dict[str, frozenset[str]]:
-            return {
-                f"{o.source} {o.source.generation}": frozenset(
-                    o.layout.catalog.names[row] for row in np.unique(o.layout.pieces.tensor).tolist()
-                )
-                for o in offers
-            }
-
-        with CoordinatorClient(self._config.url) as client:
-            if self._config.wait_s > 0:
-                within = deadline.within(self._config.wait_s)
-                with suppress(DeadlineExceeded):  # what nobody has by then comes from elsewhere
-                    found = client.wait_for(key, within, lambda o: suffices(groups, frozenset().union(*names(o).values())))
-                    return names(found)
-            return names(client.discover(key, deadline))
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -296,7 +265,7 @@ class Worker:
         except ConfigError:
             return {}
 
-    def _source(self, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+    def _source(self, client: CoordinatorClient, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config, launch = self._config, self._identity.launch
@@ -311,20 +280,19 @@ class Worker:
             return key, checkpoint.catalog, checkpoint
         key = ModelKey(config.model_name, config.revision)
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
-        with CoordinatorClient(config.url) as client:
-            try:
-                offers = client.wait_for(key, deadline.within(config.wait_s), bool)
-            except DeadlineExceeded as error:
-                raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
+        try:
+            offers = client.wait_for(key, deadline.within(config.wait_s), bool)
+        except DeadlineExceeded as error:
+            raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
         return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None
 
     def _trace(self, model: nn.Module, catalog: Catalog) -> Traced:
         begun_s, who = time.perf_counter(), self._identity
 
-        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> object:
-            return self._load_weights(model, weights)
+        def feed(weights: Iterable[tuple[str, Tensor]]) -> object:
+            return self._engine_loader(model, weights)
 
-        traced = trace_loader(model, load_weights, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
+        traced = trace_loader(model, feed, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
         require_covered(traced, model, who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
@@ -345,15 +313,19 @@ class Worker:
         return traced
 
     def _job(
-        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, choice: Choice, deadline: Deadline, stack: ExitStack
+        self,
+        model: nn.Module,
+        key: ModelKey,
+        checkpoint: Checkpoint | None,
+        choice: Choice,
+        deadline: Deadline,
+        client: CoordinatorClient,
     ) -> Job:
-        """This rank's load, with everything open that it needs until `stack` is closed."""
-        who, config = self._identity, self._config.replace(deadline_s=deadline.remaining_s)
-        traced, layout = choice.traced, choice.layout
+        """This rank's load, which keeps what is left of the deadline."""
+        config, traced = self._config.replace(deadline_s=deadline.remaining_s), choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
-        device = device_of(tensors)
-        space_on(device)  # a device that can't be used is found out here, not between votes
+        regions, member, device = _regions(tensors, config), self._identity.member, device_of(tensors)
 
         def complete(left: tuple[str, ...]) -> None:
             if left:
@@ -370,14 +342,7 @@ class Worker:
                 self._finish(model)
 
         return Job(
-            key,
-            layout,
-            address,
-            _regions(tensors, config),
-            Member(who.instance, who.rank, who.size, who.launch.number),
-            stack.enter_context(opened_transports(config, device)),
-            config,
-            coordinator=stack.enter_context(CoordinatorClient(config.url)),
+            Rank(key, choice.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
             on_bytes=_Progress(self._say),
@@ -397,7 +362,7 @@ class Worker:
             self._identity.engine,
             len(wanted),
         )
-        self._load_weights(model, _stored(checkpoint, wanted))
+        self._engine_loader(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
         """What came from where, how fast, and whether it is proven."""
@@ -450,10 +415,6 @@ def free_given_up() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    return error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
 
 
 def _regions(tensors: Iterable[Tensor], config: Config) -> list[Region]:

@@ -26,14 +26,12 @@ from .holders import Cells, choose
 
 @dataclass(frozen=True, eq=False)
 class Wants:
-    """Boxes that a target rank has yet to receive: start[n, width], stop[n, width] inside the layout's pieces `piece[n]`,
-    and the rows `opaque` of its opaque regions."""
+    """Boxes that a target rank has yet to receive: start[n, width], stop[n, width] inside the layout's pieces `piece[n]`."""
 
     layout: Layout
     piece: IntArray
     start: IntArray
     stop: IntArray
-    opaque: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> Wants:
@@ -41,7 +39,7 @@ class Wants:
         layout.prove_disjoint()
         rows = layout.written
         pieces = layout.pieces
-        return cls(layout, rows, pieces.start[rows], pieces.stop[rows], tuple(range(len(layout.opaques))))
+        return cls(layout, rows, pieces.start[rows], pieces.stop[rows])
 
     def __len__(self) -> int:
         return len(self.piece)
@@ -52,8 +50,7 @@ class Wants:
 
     @cached_property
     def nbytes(self) -> int:
-        boxes = volumes(self.start, self.stop) * self.layout.catalog.itemsize[self.tensor]
-        return int(boxes.sum()) + sum(self.layout.opaques[i].nbytes for i in self.opaque)
+        return int((volumes(self.start, self.stop) * self.layout.catalog.itemsize[self.tensor]).sum())
 
     def hole(self, row: int, start: IntArray, stop: IntArray, reason: str) -> Hole:
         spec = self.layout.catalog[int(self.tensor[row])]
@@ -69,8 +66,8 @@ def box_text(start: IntArray, stop: IntArray, ndim: int) -> str:
 class Plan:
     """Copy i fills box [start[i], stop[i]) of want `want[i]` from piece `piece[i]` of offer `offer[i]`.
 
-    `opaque` rows are (row of the layout's opaques, offer, row of the offer's opaques). `refusals` says which offers were
-    left out, and why. Boxes are global coordinates of the logical tensor, `width` of the wanting catalog.
+    `refusals` says which offers were left out, and why. Boxes are global coordinates of the logical tensor, `width` of the
+    wanting catalog.
     """
 
     wants: Wants
@@ -80,7 +77,6 @@ class Plan:
     piece: IntArray
     start: IntArray
     stop: IntArray
-    opaque: tuple[tuple[int, int, int], ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,19 +95,17 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes written; equal to the bytes wanted."""
-        return int(self.copy_nbytes.sum()) + sum(self.wants.layout.opaques[row].nbytes for row, _, _ in self.opaque)
+        return int(self.copy_nbytes.sum())
 
     @cached_property
     def bytes_by_source(self) -> Mapping[SourceId, int]:
         size = np.bincount(self.offer, self.copy_nbytes, len(self.offers)).astype(np.int64).tolist()
-        for row, offer, _ in self.opaque:
-            size[offer] += self.wants.layout.opaques[row].nbytes
         return {o.source: n for o, n in zip(self.offers, size, strict=True) if n}
 
-    def rest(self, undone: IntArray, opaque: Sequence[int] = ()) -> Wants:
-        """What is still wanted when only the copies in rows `undone` (and these opaques) have not been done."""
+    def rest(self, undone: IntArray) -> Wants:
+        """What is still wanted when only the copies in rows `undone` have not been done."""
         piece = self.wants.piece[self.want[undone]]
-        return Wants(self.wants.layout, piece, self.start[undone], self.stop[undone], tuple(opaque))
+        return Wants(self.wants.layout, piece, self.start[undone], self.stop[undone])
 
     def source_boxes(self) -> tuple[IntArray, IntArray]:
         """Per copy, the start and stop of the source piece it reads from, [n, width] each."""
@@ -150,9 +144,7 @@ def make_plan(
     load = [(loads or {}).get(o.source, 0) for o in usable]
     cells = _cells(wants, usable, tiers)
     chosen = choose(cells, wants.start, wants.stop, wants.layout.catalog.itemsize[wants.tensor], usable, load, salt)
-    opaque, opaque_holes = _match_opaques(wants, usable)
     holes = [wants.hole(row, start, stop, _why(wants, row, usable)) for row, start, stop in chosen.holes]
-    holes += opaque_holes
     if holes:
         if usable:
             missing = "the offers don't cover what is wanted"
@@ -164,9 +156,7 @@ def make_plan(
             refusals=tuple(refusals),
             next_step="start a seed that holds the missing tensors, allow fallback=disk, or see the refusals above",
         )
-    return Plan(
-        wants, tuple(usable), chosen.want, chosen.offer, chosen.piece, chosen.start, chosen.stop, tuple(opaque), tuple(refusals)
-    )
+    return Plan(wants, tuple(usable), chosen.want, chosen.offer, chosen.piece, chosen.start, chosen.stop, tuple(refusals))
 
 
 def _admit(
@@ -265,31 +255,8 @@ def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells
     )
 
 
-def _match_opaques(wants: Wants, offers: Sequence[Offer]) -> tuple[list[tuple[int, int, int]], list[Hole]]:
-    found: list[tuple[int, int, int]] = []
-    holes: list[Hole] = []
-    for row in wants.opaque:
-        mine = wants.layout.opaques[row]
-        reason = "nobody offers it; it travels only as a whole"
-        for i, offer in enumerate(offers):
-            theirs = [(k, o) for k, o in enumerate(offer.layout.opaques) if o.name == mine.name]
-            equal = [k for k, o in theirs if (o.tag, o.nbytes) == (mine.tag, mine.nbytes)]
-            if equal:
-                found.append((row, i, equal[0]))
-                break
-            if theirs:
-                reason = f"{offer.source} holds it opaque as {theirs[0][1].tag!r}, wanted is {mine.tag!r}"
-        else:
-            holes.append(Hole(mine.name, wants.layout.rank, f"({mine.nbytes} opaque bytes)", reason))
-    return found, holes
-
-
 def _why(wants: Wants, row: int, offers: Sequence[Offer]) -> str:
     name = wants.layout.catalog.names[int(wants.tensor[row])]
-    for offer in offers:
-        for opaque in offer.layout.opaques:
-            if name in opaque.covers:
-                return f"{offer.source} holds it only inside opaque {opaque.name} ({opaque.reason or opaque.tag})"
     if not offers:
         return "there is no usable offer"
     if not any(name in o.layout.catalog.row for o in offers):
@@ -347,14 +314,6 @@ def _prove(plan: Plan) -> None:
     for want in np.flatnonzero(written != volumes(wants.start, wants.stop))[:1]:
         hole = wants.hole(int(want), wants.start[want], wants.stop[want], f"only {written[want]} of its elements are written")
         raise PlanError("invalid plan: a wanted box is not covered", holes=(hole,))
-    if sorted(row for row, _, _ in plan.opaque) != sorted(wants.opaque):
-        raise PlanError(
-            f"invalid plan: rank {layout.rank} wants {len(wants.opaque)} opaque regions, the plan copies {len(plan.opaque)}"
-        )
-    for row, which, theirs_row in plan.opaque:
-        mine, other = layout.opaques[row], plan.offers[which].layout.opaques[theirs_row]
-        if (mine.name, mine.tag, mine.nbytes) != (other.name, other.tag, other.nbytes):
-            raise PlanError(f"invalid plan: opaque {mine.name} ({mine.tag}) would be filled from {other.name} ({other.tag})")
 
 
 def _check_dtypes(

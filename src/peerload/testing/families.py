@@ -19,7 +19,7 @@ from typing import Final
 import torch
 
 from ..model.catalog import Catalog, TensorSpec
-from ..tracing.recorder import DTYPES
+from ..tracing.dtypes import DTYPES
 from . import rules
 from .rules import Sizes
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -29,7 +29,8 @@ import numpy.typing as npt
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..engines.bare import BareRank
-from ..job.load import Job, Member, load
+from ..job.load import Job, load
+from ..job.rank import Member, Rank, kept_open, wrapped
 from ..job.seed import Seed
 from ..memory.arena import Arena
 from ..memory.placing import Placed, regions_for
@@ -41,7 +42,7 @@ from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ..receipt import Receipt
 from ..transport.base import Transport
 from ..transport.files import FileSet
-from ..transport.registry import open_transports
+from ..transport.registry import opened_transports
 from .layouts import Model, catalog, checkpoint, layout
 from .oracle import numbered, scattered, shards
 
@@ -142,20 +143,9 @@ def load_ranks(
         with ExitStack() as stack:
             stack.callback(bare.arena.close)
             client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
-            transports = {n: wrap(rank, stack.enter_context(closing(t))) for n, t in open_transports(life.config).items()}
-            job = Job(
-                life.key,
-                bare.layout,
-                bare.address,
-                bare.regions(life.config.registration),
-                Member(life.instance, rank, size or life.size, life.launch),
-                transports,
-                life.config,
-                coordinator=client,
-                arena=bare.arena,
-                reserve=reserve,
-                on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
-            )
+            member = Member(life.instance, rank, size or life.size, life.launch)
+            here = bare.rank(life.key, member, life.config, client, wrapped(lambda transport: wrap(rank, transport)))
+            job = Job(here, reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted))
             receipt, error = None, None
             try:
                 receipt = load(job)
@@ -244,27 +234,17 @@ class SeedProcess(_Process):
 def _serve(life: Life, link: Connection) -> None:
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
-        transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(life.config).items()}
+        opening = kept_open(stack.enter_context(opened_transports(life.config)))
+        config = life.config if life.digests else life.config.replace(verify="off")
         seeds: list[tuple[Seed, list[Bytes]]] = []
         leaving = stack.enter_context(ExitStack())
         for rank in life.here:
             made = layout(life.model, life.parallel, rank)
             address, placed, views, arena = _placed(made, life.memory, stack)
-            for transport in transports.values():
-                transport.register(regions_for(placed, life.config.registration))
             _write(life, made, views, life.version)
-            seed = Seed(
-                life.key,
-                made,
-                address,
-                coordinator=client,
-                transports=transports,
-                instance=life.instance,
-                arena=arena if life.config.attach else None,
-                digests=life.digests,
-                threads=1,
-                ttl_s=life.ttl_s,
-            )
+            memory = arena or regions_for(placed, life.config.registration)
+            member = Member(life.instance, rank, life.size, life.launch)
+            seed = Seed(Rank(life.key, made, address, memory, member, config, client, opening=opening), ttl_s=life.ttl_s)
             seeds.append((leaving.enter_context(seed), views))
         link.send("ready")
         version = life.version

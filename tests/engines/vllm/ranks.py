@@ -111,7 +111,7 @@ def _loaded(directory: Path, identity: Identity, config: Config | None) -> tuple
         reason = ""
         if config is not None:
             model = engine.build(vllm, "cpu")
-            worker = Worker(identity, config, lambda: directory, load_weights=engine.load_weights)
+            worker = Worker(identity, config, lambda: directory, engine_loader=engine.load_weights)
             try:
                 receipt = worker.load(model)
                 engine.postprocess(model, vllm)
@@ -137,9 +137,8 @@ def _sha256(model: nn.Module) -> dict[str, str]:
 
 def _sha256_of(tensor: Tensor) -> str:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(
-        f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} ".encode() + flat.numpy().tobytes()
-    ).hexdigest()
+    form = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} ".encode()
+    return hashlib.sha256(form + flat.numpy().tobytes()).hexdigest()
 
 
 def stand_in() -> None:
@@ -173,8 +172,8 @@ def _of_triton(convert: Callable[..., object], backend: object) -> Callable[...,
     return converted
 
 
-def _quantized(input: Tensor, scale: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-    return (input.float() * (1.0 / scale.float())).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+def _quantized(values: Tensor, scale: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    return (values.float() * (1.0 / scale.float())).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 
 class Directory:

@@ -61,7 +61,7 @@ class Loader(DefaultModelLoader):
             super().load_weights_and_postprocess(model, weights, target_device)
             return
 
-        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+        def sglang_loader(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
             if list(getattr(model, "secondary_weights", ())):
                 raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")
             self.load_weights_only(model, weights, target_device)
@@ -71,7 +71,7 @@ class Loader(DefaultModelLoader):
             who,
             self._config,
             lambda: self._directory(config),
-            load_weights=load_weights,
+            engine_loader=sglang_loader,
             finish=finishing(model),
             known_as=config.model_path,
         )

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import ConfigError
 from ...model.catalog import Catalog, TensorSpec
-from ...tracing.recorder import DTYPE_NAMES
+from ...tracing.dtypes import DTYPE_NAMES
 from ..checkpoint import ModelFiles
 from .quantized import kept, quantizer_of
 

@@ -88,7 +88,7 @@ class PeerloadLoader(BaseModelLoader):
             return
         traced = False
 
-        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
+        def checked_loader(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
             nonlocal traced
             if not traced:
                 refuse_unfollowable(model)
@@ -102,10 +102,10 @@ class PeerloadLoader(BaseModelLoader):
             self._identity,
             self._config,
             lambda: self._directory(model_config),
-            load_weights=load_weights,
+            engine_loader=checked_loader,
             known_as=model_config.model,
         )
-        atexit.register(self._worker.close)
+        atexit.register(self._worker.close)  # a loader hears nothing of its worker's end
         self._worker.load(model)
 
     def _directory(self, model_config: ModelConfig) -> Path:
@@ -140,17 +140,17 @@ def _moving(whole: VllmConfig) -> str:
 def _end_when_changed(model: nn.Module, worker: Worker) -> None:
     """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first.
     Who writes into parameters in another way calls `plugin.withdraw`."""
-    load_weights = model.load_weights
+    original = model.load_weights
 
     def withdraw() -> None:
         log.info("peerload: the weights are about to change: this rank is no seed any more")
         worker.close()
-        model.load_weights = load_weights
+        model.load_weights = original
         del model.peerload_withdraw
 
     def changed(*args: object, **kwargs: object) -> object:
         withdraw()
-        return load_weights(*args, **kwargs)
+        return original(*args, **kwargs)
 
     model.load_weights, model.peerload_withdraw = changed, withdraw
 

@@ -32,7 +32,7 @@ from ...errors import ConfigError, LayoutError
 from ...model.boxes import BoolArray, IntArray
 from ...model.catalog import Catalog
 from ..blame import told
-from ..recorder import DTYPE_NAMES, DTYPES
+from ..dtypes import DTYPE_NAMES, DTYPES
 from .codes import (
     RANDOM_PASSES,
     Code,
