@@ -48,7 +48,7 @@ class TestAllOrNone:
         assert "rank 1 of 2 did not vote in time" in str(result.error)
         assert 3.5 < time.monotonic() - begun_s < 8
 
-    @pytest.mark.parametrize(("device", "transport", "kind"), [("abacus:0", "", HostError), ("cpu", "pigeons", ConfigError)])
+    @pytest.mark.parametrize(("device", "transport", "kind"), [("abacus:0", "", HostError), ("cpu", "cuda_ipc", ConfigError)])
     def test_a_rank_that_cannot_open_what_it_needs_tells_the_others(
         self, url: str, device: str, transport: str, kind: type[PeerloadError]
     ) -> None:

@@ -325,7 +325,8 @@ class Worker:
         config, traced = self._config.replace(deadline_s=deadline.remaining_s), choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
-        regions, member, device = _regions(tensors, config), self._identity.member, device_of(tensors)
+        device = device_of(tensors)
+        regions, member = _regions(tensors, config), self._identity.member
 
         def complete(left: tuple[str, ...]) -> None:
             if left:

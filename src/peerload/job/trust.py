@@ -257,4 +257,4 @@ class Sources:
 def _without(wants: Wants, names: Collection[str]) -> Wants:
     """Less the boxes of these tensors."""
     kept = ~of_tensors(wants.layout, wants.piece, names)
-    return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept], wants.opaque)
+    return Wants(wants.layout, wants.piece[kept], wants.start[kept], wants.stop[kept])

@@ -79,10 +79,11 @@ def _sampled(layout: Layout, columns: Columns) -> Columns:
 
 def _chunks(boxes: Columns, itemsize: IntArray) -> Iterator[Columns]:
     done = np.cumsum(volumes(boxes[2], boxes[3]) * itemsize[boxes[0]])
-    edges = np.searchsorted(done, np.arange(1, int(done[-1]) // _CHUNK_NBYTES + 1) * _CHUNK_NBYTES) if len(done) else []
-    for first, last in zip([0, *edges], [*edges, len(done)], strict=True):
-        if first < last:
-            yield tuple(c[first:last] for c in boxes)  # type: ignore[misc]
+    last = int(done[-1]) if len(done) else 0
+    edges = np.searchsorted(done, np.arange(1, last // _CHUNK_NBYTES + 1) * _CHUNK_NBYTES).tolist()
+    for first, stop in zip([0, *edges], [*edges, len(done)], strict=True):
+        if first < stop:
+            yield tuple(c[first:stop] for c in boxes)  # type: ignore[misc]
 
 
 def _read(layout: Layout, boxes: Columns, checkpoint: Checkpoint, files: FilesTransport) -> tuple[Columns, torch.Tensor]:

@@ -161,16 +161,12 @@ def _starts(held: Sequence[range]) -> list[int]:
 
 def _check(name: str, full: View, held: Sequence[Share], mine: Own) -> None:
     declared = tuple(max((s.local[d] + s.shape[d] for s in held), default=0) for d in range(len(full.shape)))
-    if (
-        len(mine.shape) != len(full.shape)
-        or (math.prod(mine.shape) and declared != mine.shape)
-        or (held and not math.prod(mine.shape))
-    ):
+    if len(mine.shape) != len(full.shape) or (0 not in mine.shape and declared != mine.shape) or (held and 0 in mine.shape):
         raise LayoutError(
             f"{name}: has shape {mine.shape} on this rank; of the checkpoint's {full.shape} its placements make it {declared}",
             next_step="is this the model that the checkpoint's config.json describes?",
         )
-    if not View(0, mine.shape, mine.stride).dense and math.prod(mine.shape):
+    if not View(0, mine.shape, mine.stride).dense and 0 not in mine.shape:
         raise LayoutError(f"{name}: its {mine.shape} elements lie scattered, with strides {mine.stride}")
 
 

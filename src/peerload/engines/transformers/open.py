@@ -35,6 +35,7 @@ from ...tracing.described import Describer
 from ...tracing.dtypes import DTYPES
 from ...tracing.recorder import Recorder
 from ...tracing.storages import view_of
+from ...tracing.trace import uncollected
 from ...tracing.views import View
 from ..checkpoint import ModelFiles
 from .aliases import with_aliases
@@ -139,7 +140,7 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> li
     """The `new_tokens` ids that follow `prompt`. All ranks of a tensor-parallel model call it with the same prompt."""
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -215,8 +216,8 @@ def _load(
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
         # A recorder sees its own thread only.
-        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), recorder:
-            model, report = kind.from_pretrained(
+        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), uncollected(), recorder:
+            loaded: Any = kind.from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -238,6 +239,8 @@ def _load(
             problem += " (it can't split the layers of a pipeline stage by tensor parallelism)"
             next_step = "use tp or pp alone, or another transformers"
         raise LayoutError(problem, next_step=next_step) from error
+    model: PreTrainedModel = loaded[0]
+    report: Mapping[str, Sequence[str]] = loaded[1]
     if recorder.refusals:  # transformers caught it
         raise _blamed(recorder.refusals[0], files)
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -346,7 +349,7 @@ def _split(parallel: Parallel) -> dict[str, Any]:
     if parallel == UNSPLIT:
         return {}
     sizes = {"tp_size": parallel.tp, "pp_size": parallel.pp, "ep_size": parallel.ep}
-    wanted = {name: size for name, size in sizes.items() if size > 1}
+    wanted: dict[str, Any] = {name: size for name, size in sizes.items() if size > 1}
     lacking = wanted.keys() - {f.name for f in dataclasses.fields(DistributedConfig)}
     if lacking:
         raise ConfigError(f"{parallel}: this transformers has no {lacking.pop()}", next_step="install a newer one")
@@ -373,14 +376,14 @@ def _impersonated(rank: int, size: int) -> Iterator[None]:
     if dist.is_initialized():
         raise HostError("this process already has a process group", next_step="derive layouts in a process of its own")
     # DTensor's caches know meshes by everything but the rank: an answer for one rank would be given for the next.
-    _clear_sharding_prop_cache()
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         with _environment("LOCAL_RANK", "0"):
             yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
@@ -47,11 +48,10 @@ def quantizer_of(files: ModelFiles) -> HfQuantizer | None:
     method = method_of(files)
     if not method:
         return None
+    settings: Any = files.config["quantization_config"]
     try:
-        made: HfQuantizer = AutoHfQuantizer.from_config(
-            AutoQuantizationConfig.from_dict(dict(files.config["quantization_config"])), pre_quantized=True
-        )
-        made.validate_environment(device_map=None)
+        made: HfQuantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(dict(settings)), pre_quantized=True)
+        made.validate_environment(device_map=None)  # type: ignore[no-untyped-call]
     except (ImportError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise LayoutError(
             f"config.json: quantization_config: quantizer {method} can't be used here: {error}",

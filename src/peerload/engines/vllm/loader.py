@@ -92,7 +92,7 @@ class PeerloadLoader(BaseModelLoader):
             nonlocal traced
             if not traced:
                 refuse_unfollowable(model)
-            loaded = model.load_weights(weights)
+            loaded = model.load_weights(weights)  # type: ignore[operator]
             if not traced and model_config.quantization is None and loaded is not None:
                 self._disk.track_weights_loading(model, loaded)  # vLLM's own check that no parameter was forgotten
             traced = True
@@ -150,9 +150,9 @@ def _end_when_changed(model: nn.Module, worker: Worker) -> None:
 
     def changed(*args: object, **kwargs: object) -> object:
         withdraw()
-        return original(*args, **kwargs)
+        return original(*args, **kwargs)  # type: ignore[operator]
 
-    model.load_weights, model.peerload_withdraw = changed, withdraw
+    model.load_weights, model.peerload_withdraw = changed, withdraw  # type: ignore[assignment]
 
 
 def refuse_unfollowable(model: nn.Module) -> None:

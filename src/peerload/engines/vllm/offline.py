@@ -221,7 +221,8 @@ def _built_somehow(config: VllmConfig, device: str) -> nn.Module:
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
     """What vLLM does with a checkpoint's tensors, up to its post-processing."""
-    return model.load_weights(weights)
+    found: object = model.load_weights(weights)  # type: ignore[operator]
+    return found
 
 
 def postprocess(model: nn.Module, config: VllmConfig) -> None:
