@@ -24,7 +24,8 @@ from ..memory.space import Space, digest_layout
 from ..model.boxes import IntArray
 from ..model.catalog import Catalog, TensorSpec
 from ..model.layout import Layout, Pieces
-from ..tracing.trace import Derived, Traced
+from ..tracing.described import Derived
+from ..tracing.trace import Traced
 
 #: Rows and columns of a block that has one scale (DeepSeek-V3 technical report, section 3.3).
 BLOCK: Final = 128
