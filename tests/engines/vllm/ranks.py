@@ -48,10 +48,10 @@ class Ranks:
     def __init__(
         self, directory: Path, parallel: Parallel, url: str, sabotage: Callable[[], object] | None = None, **config: object
     ) -> None:
-        """url: of a coordinator; empty: vLLM loads from disk by itself."""
+        """url: of a coordinator; empty: vLLM loads from disk by itself. No memory for copies, as for a real model."""
         number = uuid.uuid4().hex
         launch = Launch(f"tp{parallel.tp}-{number[:8]}", number)
-        told = Config(url=url, deadline_s=120.0, **config) if url else None  # type: ignore[arg-type]
+        told = Config(url=url, deadline_s=120.0, retain_bytes=0, **config) if url else None  # type: ignore[arg-type]
         self._ranks: list[tuple[multiprocessing.context.ForkProcess, Connection]] = []
         for rank in range(parallel.tp):
             ours, theirs = FORK.Pipe()
@@ -120,7 +120,7 @@ def _loaded(directory: Path, identity: Identity, config: Config | None) -> tuple
             except NotFollowed as error:
                 reason = error.message
             else:
-                sources = {"disk" if name == str(directory) else "peer" for name in receipt.sources}
+                sources = {"disk" if name.startswith("disk:") else "peer" for name in receipt.sources}
                 sources |= {"engine"} if receipt.left else set()
                 return Outcome(_sha256(model), sources, log="\n".join(said)), worker
         model = engine.build(vllm, "cpu")
