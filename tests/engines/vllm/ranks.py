@@ -29,6 +29,8 @@ from peerload.tracing.reachable import reachable_tensors
 FORK = multiprocessing.get_context("fork")
 #: A rank that takes longer than this hangs, seconds.
 PATIENCE_S = 240.0
+#: Copies of the small tensors that post-processing replaces; no weight of a test's model fits.
+RETAIN_NBYTES = 4096
 
 
 @dataclass
@@ -48,10 +50,10 @@ class Ranks:
     def __init__(
         self, directory: Path, parallel: Parallel, url: str, sabotage: Callable[[], object] | None = None, **config: object
     ) -> None:
-        """url: of a coordinator; empty: vLLM loads from disk by itself. No memory for copies, as for a real model."""
+        """url: of a coordinator; empty: vLLM loads from disk by itself. Seeds copy scales only."""
         number = uuid.uuid4().hex
         launch = Launch(f"tp{parallel.tp}-{number[:8]}", number)
-        told = Config(url=url, deadline_s=120.0, retain_bytes=0, **config) if url else None  # type: ignore[arg-type]
+        told = Config(url=url, deadline_s=120.0, retain_bytes=RETAIN_NBYTES, **config) if url else None  # type: ignore[arg-type]
         self._ranks: list[tuple[multiprocessing.context.ForkProcess, Connection]] = []
         for rank in range(parallel.tp):
             ours, theirs = FORK.Pipe()
@@ -152,6 +154,7 @@ def stand_in() -> None:
 
     torch._dynamo.config.disable = True
     ops.scaled_fp8_quant = _quantized
+    ops._supports_onednn = False  # which packs weights out of sight, and frees them
     gemm.is_deep_gemm_supported = gemm.is_deep_gemm_e8m0_used = utils.is_deep_gemm_e8m0_used = lambda: True
     utils.transform_sf_into_required_layout = lambda sf, **_: sf
     kernel = gemm.DeepGemmFp8BlockScaledMMKernel
