@@ -7,8 +7,9 @@ memory afterwards, piece by piece.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,16 @@ class Offered:
             name, reason = next(iter(self.lost.items()))
             text += f"; {len(self.lost)} are not offered whole ({name}: {reason}), targets get the rest elsewhere"
         return text
+
+
+class _Part(NamedTuple):
+    """Pieces `rows` of a layout, in `memory` by row of their buffer. names: of R by piece, if it is R that they hold. digests:
+    [pieces]."""
+
+    memory: Mapping[int, Tensor]
+    rows: IntArray
+    names: Mapping[int, str]
+    digests: DigestArray
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +117,8 @@ class Loaded:
         self.before[list(digests)] = list(digests.values())
 
     def offered(self, model: nn.Module, *, threads: int) -> Offered:
-        """What is left of it in `model`, piece by piece: as it was, or as a recipe makes it; or else in our copies. Gives up the
-        copies that aren't needed."""
+        """What is left of it in `model`, piece by piece: as it was, as a recipe makes it (or both, if other pieces of the group
+        were rewritten), or else in our copies. Gives up the copies that aren't needed."""
         alive = Storages(model, self.space.device)
         memory: dict[int, Tensor] = {}
         for row, (address, nbytes) in enumerate(zip(self.address.tolist(), self.layout.buffer_nbytes.tolist(), strict=True)):
@@ -115,53 +126,64 @@ class Loaded:
             if found is not None:
                 memory[row] = found
         same = self._same(memory, np.arange(len(self.layout.pieces)), self.layout, self.before, threads)
-        digests = dict(zip(same.tolist(), self.before[same].tolist(), strict=True))
-        changed = set(range(len(self.layout.pieces))) - digests.keys()
+        changed = set(range(len(self.layout.pieces))) - set(same.tolist())
+        made_of = np.zeros(len(self.layout.pieces), np.uint64)
         names: dict[int, str] = {}
+        both: dict[int, str] = {}
         for rewritten, made in self.recipes:
-            rows = np.array(sorted(changed & made.keys()), np.int64)
+            if not changed & made.keys():
+                continue
+            rows = np.array(sorted(made), np.int64)
             wanted = np.zeros(len(self.layout.pieces), np.uint64)
             wanted[rows] = [made[row] for row in rows.tolist()]
             for row in self._same(memory, rows, renamed(self.layout, rewritten), wanted, threads).tolist():
-                names[row], digests[row] = rewritten[row], made[row]
-                changed.remove(row)
+                (names if row in changed else both)[row] = rewritten[row]
+                made_of[row] = made[row]
+            changed -= names.keys()
         copies, self.copies = self.copies, {}
         lacking = np.array(sorted(changed | names.keys()), np.int64)  # a scale may be needed as it was, too
         kept = self._same(copies, lacking, self.layout, self.before, threads)
-        return self._offered(memory, copies, names, digests, kept)
+        parts = [
+            _Part(memory, same, {}, self.before),
+            _Part(memory, np.array(sorted(names | both), np.int64), names | both, made_of),
+            _Part(copies, kept, {}, self.before),
+        ]
+        gone = np.array(sorted(changed - set(kept.tolist())), np.int64)
+        lost = {row: REWRITTEN if row in memory else FREED for row in self.layout.pieces.buffer[gone].tolist()}
+        return self._offered(parts, lost, self._ignored(lost, gone, np.setdiff1d(list(names), kept)))
 
-    def _offered(
-        self, memory: dict[int, Tensor], copies: dict[int, Tensor], names: dict[int, str], digests: dict[int, int], kept: IntArray
-    ) -> Offered:
-        """digests: of the pieces that are in `memory`, those of `names` as what these say; kept: pieces that are in `copies`."""
-        layout, pieces = renamed(self.layout, names), self.layout.pieces
-        here = np.array(sorted(digests), np.int64)
-        first, second = np.unique(pieces.buffer[here]), np.unique(pieces.buffer[kept])
-        buffers = np.concatenate([first, second])
-        number = np.concatenate(
-            [np.searchsorted(first, pieces.buffer[here]), len(first) + np.searchsorted(second, pieces.buffer[kept])]
-        )
-        which = np.concatenate([here, kept])
-        tensor = np.concatenate([layout.pieces.tensor[here], pieces.tensor[kept]])
-        gone = np.setdiff1d(np.arange(len(pieces)), which)
-        lost = {row: REWRITTEN if row in memory else FREED for row in pieces.buffer[gone].tolist()}
-        held = [memory[row] for row in first.tolist()] + [copies[row] for row in second.tolist()]
+    def _offered(self, parts: Sequence[_Part], lost: Mapping[int, str], ignored: Mapping[str, str]) -> Offered:
+        """Each part has buffers of its own, which may be the same memory. The second one is of rewritten pieces, the last one of
+        copies."""
+        layout = renamed(self.layout, parts[1].names)
+        pieces, held, number, rows, tensor = layout.pieces, list[Tensor](), [], [], []
+        buffers: list[int] = []
+        for part in parts:
+            used, which = np.unique(pieces.buffer[part.rows], return_inverse=True)
+            number.append(len(buffers) + which)
+            rows.append(part.rows)
+            tensor.append((pieces if part.names else self.layout.pieces).tensor[part.rows])
+            buffers += used.tolist()
+            held += [part.memory[row] for row in used.tolist()]
+        which = np.concatenate(rows)
+        start, stop, offset, stride = (getattr(pieces, column)[which] for column in ("start", "stop", "offset", "stride"))
         whole = replace(
             layout,
-            buffer_names=tuple(self.layout.buffer_names[row] for row in buffers.tolist()),
-            buffer_nbytes=self.layout.buffer_nbytes[buffers],
-            pieces=Pieces(tensor, pieces.start[which], pieces.stop[which], number, pieces.offset[which], pieces.stride[which]),
+            buffer_names=tuple(layout.buffer_names[row] for row in buffers),
+            buffer_nbytes=layout.buffer_nbytes[buffers],
+            pieces=Pieces(np.concatenate(tensor), start, stop, np.concatenate(number), offset, stride),
             constants=(),
-            ignored=self._ignored(lost, gone, np.setdiff1d(list(names), kept)),
+            ignored=ignored,
         )
+        digests = np.concatenate([part.digests[part.rows] for part in parts])
         return Offered(
             whole,
             np.array([m.data_ptr() for m in held], np.int64),
             held,
-            len(second),
-            int(layout.piece_nbytes[list(names)].sum()),
-            {self.layout.buffer_names[row]: reason for row, reason in lost.items()},
-            dict(enumerate([*(digests[row] for row in here.tolist()), *self.before[kept].tolist()])),
+            len(np.unique(pieces.buffer[parts[-1].rows])),
+            int(layout.piece_nbytes[parts[1].rows].sum()),
+            {layout.buffer_names[row]: reason for row, reason in lost.items()},
+            dict(enumerate(digests.tolist())),
         )
 
     def _ignored(self, lost: Mapping[int, str], gone: IntArray, rewritten: IntArray) -> Mapping[str, str]:
