@@ -19,7 +19,7 @@ import pytest
 from conftest import coordinator_process
 
 from peerload.config import Config
-from peerload.coordinator.client import CoordinatorClient, Lease
+from peerload.coordinator.client import CoordinatorClient, Granted
 from peerload.coordinator.server import Coordinator, serve
 from peerload.engines.bare import BareRank, bare_ranks
 from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, PlanError, VerifyError
@@ -105,7 +105,7 @@ class TestLeases:
         self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
     ) -> None:
         with make(client, rank, local) as seed:
-            client.withdraw(Lease(seed.offer.source, 1.0))
+            client.withdraw(Granted(seed.offer.source, 1.0))
             assert client.discover(KEY) == []
             time.sleep(0.8)
             assert [o.source for o in client.discover(KEY)] == [seed.offer.source]
@@ -270,7 +270,7 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
 class SlowToHear(CoordinatorClient):
     """Announces, and learns of it only after two heartbeats."""
 
-    def announce(self, *args: object, **kwargs: object) -> Lease:  # type: ignore[override]
+    def announce(self, *args: object, **kwargs: object) -> Granted:  # type: ignore[override]
         lease = super().announce(*args, **kwargs)  # type: ignore[arg-type]
         time.sleep(0.8)
         return lease
@@ -279,7 +279,7 @@ class SlowToHear(CoordinatorClient):
 class Unheard(CoordinatorClient):
     """The coordinator takes every announcement, and its answer is lost."""
 
-    def announce(self, *args: Any, **more: Any) -> Lease:
+    def announce(self, *args: Any, **more: Any) -> Granted:
         super().announce(*args, **more)
         raise DeadlineExceeded("the answer did not come")
 

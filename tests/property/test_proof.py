@@ -14,7 +14,7 @@ from peerload.model.catalog import Catalog, Parallel, TensorSpec
 from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Offer, SourceId
 from peerload.planning.plan import Plan, make_plan
-from peerload.testing.layouts import Held, layout, tiny_deepseek, tiny_llama
+from peerload.testing.layouts import Storing, layout, tiny_deepseek, tiny_llama
 from peerload.testing.machine import Instance, load_exactly, numbers, on_disk, running
 from peerload.testing.oracle import numbered, scattered, shards
 
@@ -156,7 +156,7 @@ def test_same_parallelism_refuses_other_sizes_and_says_so() -> None:
 
 
 def test_the_last_resort_gives_only_what_peers_lack() -> None:
-    model, to = tiny_llama(Held("fp8_block", block=5, vocabulary=4)), Parallel(2)
+    model, to = tiny_llama(Storing("fp8_block", block=5, vocabulary=4)), Parallel(2)
     peers = running(model, Parallel(4), "peer")
     some = Instance(peers.offers[:3], peers.memories[:3])
     wanted = layout(model, to, 1)

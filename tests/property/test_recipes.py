@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peerload.engines.recipes import BLOCK, RECIPES, Blocks, Group, groups_of, names_of, renamed
+from peerload.engines.recipes import BLOCK, RECIPES, BlockScales, Rewritable, groups_of, names_of, renamed
 from peerload.memory.space import HOST, digest_layout
 from peerload.model.catalog import Catalog, Parallel, TensorSpec
 from peerload.tracing.trace import Traced, trace_loader
@@ -111,18 +111,18 @@ def traced(model: Fused, weights: dict[str, Tensor]) -> Traced:
     return found
 
 
-def group_of(found: Traced, name: str) -> Group:
+def group_of(found: Traced, name: str) -> Rewritable:
     (group,) = [g for g in groups_of(found) if g.recipe.name == name]
     return group
 
 
-def digests(found: Traced, group: Group, staging_nbytes: int) -> dict[int, int]:
+def digests(found: Traced, group: Rewritable, staging_nbytes: int) -> dict[int, int]:
     layout = renamed(found.layout, names_of([group]))
     pair = [found.tensors[layout.buffer_names[row]] for row in (group.weight, group.scale)]
     return group.digests(layout, *pair, HOST, staging_nbytes=staging_nbytes, threads=1)
 
 
-def digests_of(found: Traced, group: Group) -> dict[int, int]:
+def digests_of(found: Traced, group: Rewritable) -> dict[int, int]:
     """Of what is in memory, under the names of R."""
     layout, rows = renamed(found.layout, names_of([group])), np.array(sorted(group.rewritten))
     address = np.array([found.tensors[name].data_ptr() for name in layout.buffer_names])
@@ -140,7 +140,7 @@ KINDS = ("random", "zero", "subnormal", "between 224 and 232", "all 448")
 
 
 def matrix(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Blocks of all kinds."""
+    """BlockScales of all kinds."""
     random = np.random.default_rng(seed)
     bits = random.choice(np.setdiff1d(np.arange(256), (127, 255)), shape).astype(np.uint8)
     scale = (2.0 ** random.uniform(-20, 4, (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK)))).astype(np.float32)
@@ -171,7 +171,7 @@ CASES = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(CASES)
 @pytest.mark.parametrize("recipe", [FLOAT32, THROUGH_BF16], ids=lambda r: r.name)
-def test_blocks_are_as_the_oracle_says_and_have_a_right_inverse(recipe: Blocks, case: tuple[int, int, int, int]) -> None:
+def test_blocks_are_as_the_oracle_says_and_have_a_right_inverse(recipe: BlockScales, case: tuple[int, int, int, int]) -> None:
     down, across, less, seed = case
     weight, scale = matrix((down * BLOCK - less, across * BLOCK - less), seed)
     values, made = recipe.apply(weight[None], scale[None])

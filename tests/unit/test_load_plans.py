@@ -23,7 +23,7 @@ from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, ModelKey, TensorSpec
 from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Endpoint, Offer, SourceId
-from peerload.planning.plan import Wants
+from peerload.planning.wants import Wants
 from peerload.transport.files import FilesTransport
 from peerload.transport.local import LocalTransport
 from peerload.transport.process import boot_id

@@ -8,11 +8,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ManifestError
+from ..errors import CoordinatorError, ManifestError
 from ..model.catalog import Catalog
 from ..model.layout import Layout
 from . import codec
 from .codec import Blob, Kind
+
+
+class BlobMissing(CoordinatorError):
+    """The coordinator never had the blob, or restarted and forgot it: put it again."""
+
 
 #: Gets a blob by digest, or raises.
 Fetch = Callable[[str], Blob]

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
-from ..errors import CoordinatorError, ManifestError, PeerloadError
+from ..errors import ManifestError, PeerloadError
 from ..model.catalog import Catalog, ModelKey, Parallel
 from ..model.offer import SourceId
 from . import codec
 from ._generated import peerload_pb2 as pb
 from .ballot import Ballot, Outcome, Pending, Round
+from .blobs import BlobMissing
 from .codec import Blob, Kind
 from .directory import Change, Directory, Event, Lease, Record
 from .store import Store, StoredBlob, StoreFailed, Vote
@@ -36,10 +37,6 @@ _SWEEP_EVERY_S: Final = 60.0
 _MAX_ASKED: Final = 1024
 _MAX_PAYLOAD_NBYTES: Final = 1 << 20
 _MAX_REASON: Final = 4096
-
-
-class BlobMissing(CoordinatorError):
-    """The blob was never put here, or before a restart that forgot it: put it again."""
 
 
 @dataclass(frozen=True, slots=True)

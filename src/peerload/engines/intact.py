@@ -22,7 +22,7 @@ from ..model.boxes import IntArray
 from ..model.layout import Layout, Pieces
 from ..receipt import readable
 from ..tracing.reachable import reachable_tensors
-from .recipes import Choice, names_of, renamed
+from .recipes import Taking, names_of, renamed
 
 REWRITTEN = "rewritten by post-processing"
 FREED = "freed by post-processing"
@@ -57,7 +57,7 @@ class Offered:
         return text
 
 
-class _Part(NamedTuple):
+class _Section(NamedTuple):
     """Pieces `rows` of a layout, in `memory` by row of their buffer. names: of R by piece, if it is R that they hold. digests:
     [pieces]."""
 
@@ -84,7 +84,7 @@ class Loaded:
     @classmethod
     def of(
         cls,
-        choice: Choice,
+        choice: Taking,
         *,
         retain_nbytes: int,
         staging_nbytes: int,
@@ -119,7 +119,7 @@ class Loaded:
     def offered(self, model: nn.Module, *, threads: int) -> Offered:
         """What is left of it in `model`, piece by piece: as it was, as a recipe makes it (or both, if other pieces of the group
         were rewritten), or else in our copies. Gives up the copies that aren't needed."""
-        alive = Storages(model, self.space.device)
+        alive = Spans(model, self.space.device)
         memory: dict[int, Tensor] = {}
         for row, (address, nbytes) in enumerate(zip(self.address.tolist(), self.layout.buffer_nbytes.tolist(), strict=True)):
             found = alive.at(address, nbytes)
@@ -144,15 +144,15 @@ class Loaded:
         lacking = np.array(sorted(changed | names.keys()), np.int64)  # a scale may be needed as it was, too
         kept = self._same(copies, lacking, self.layout, self.before, threads)
         parts = [
-            _Part(memory, same, {}, self.before),
-            _Part(memory, np.array(sorted(names | both), np.int64), names | both, made_of),
-            _Part(copies, kept, {}, self.before),
+            _Section(memory, same, {}, self.before),
+            _Section(memory, np.array(sorted(names | both), np.int64), names | both, made_of),
+            _Section(copies, kept, {}, self.before),
         ]
         gone = np.array(sorted(changed - set(kept.tolist())), np.int64)
         lost = {row: REWRITTEN if row in memory else FREED for row in self.layout.pieces.buffer[gone].tolist()}
         return self._offered(parts, lost, self._ignored(lost, gone, np.setdiff1d(list(names), kept)))
 
-    def _offered(self, parts: Sequence[_Part], lost: Mapping[int, str], ignored: Mapping[str, str]) -> Offered:
+    def _offered(self, parts: Sequence[_Section], lost: Mapping[int, str], ignored: Mapping[str, str]) -> Offered:
         """Each part has buffers of its own, which may be the same memory. The second one is of rewritten pieces, the last one of
         copies."""
         layout = renamed(self.layout, parts[1].names)
@@ -214,7 +214,7 @@ def device_of(tensors: list[Tensor]) -> str:
     return devices.pop()
 
 
-class Storages:
+class Spans:
     """The memory that a model's tensors keep alive on one device."""
 
     def __init__(self, model: nn.Module, device: str) -> None:

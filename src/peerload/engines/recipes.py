@@ -39,7 +39,7 @@ _ASIDE: Final = 2.0**-8
 _TEMPORARY_NBYTES: Final = 16
 
 
-class Part(NamedTuple):
+class Placement(NamedTuple):
     """Pieces of one buffer as columns: row in the layout; matrix, first row and first column in the buffer's tensor; height and
     width."""
 
@@ -57,7 +57,7 @@ class Recipe(Protocol):
     name: str
     changes_scales: bool
 
-    def units(self, layout: Layout, weight: Part, scale: Part, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
+    def units(self, layout: Layout, weight: Placement, scale: Placement, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
         """What belongs together, or None if these two tensors are nothing for this recipe."""
 
     def apply(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class _Units(NamedTuple):
     cuts: list[tuple[int, int, slice]]
 
 
-class Blocks:
+class BlockScales:
     """Scales of blocks of 128 x 128 become powers of two (UE8M0), and weights follow. `through`: what the weights are
     dequantized to on the way: float32 in vLLM (`requant_weight_ue8m0_inplace`), bfloat16 in SGLang."""
 
@@ -85,7 +85,7 @@ class Blocks:
     def __init__(self, name: str, through: torch.dtype) -> None:
         self.name, self._through = name, through
 
-    def units(self, layout: Layout, weight: Part, scale: Part, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
+    def units(self, layout: Layout, weight: Placement, scale: Placement, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
         """Every piece begins and ends where a block does, and its scales lie where it lies."""
         if len(sizes[0]) != len(sizes[1]):
             return None
@@ -135,7 +135,7 @@ class OneScale:
     name = "one scale"
     changes_scales = False
 
-    def units(self, layout: Layout, weight: Part, scale: Part, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
+    def units(self, layout: Layout, weight: Placement, scale: Placement, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
         """As many tensors side by side as there are scales, in the same rows of every expert's matrix."""
         (*many, _, columns), shape = sizes
         if len(shape) != len(many) + 1 or list(shape[:-1]) != many or shape[-1] < 2:
@@ -178,21 +178,21 @@ class OneScale:
 
 
 RECIPES: Final[tuple[Recipe, ...]] = (
-    Blocks("UE8M0 blocks", torch.float32),
-    Blocks("UE8M0 blocks through BF16", torch.bfloat16),
+    BlockScales("UE8M0 blocks", torch.float32),
+    BlockScales("UE8M0 blocks through BF16", torch.bfloat16),
     OneScale(),
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class Rewritable:
     """A weight and its scales, buffers `weight` and `scale` of a layout, that `recipe` rewrites together. rewritten: the name of
     R by piece, for the pieces that it changes. covers: the checkpoint tensors in the two buffers."""
 
     recipe: Recipe
     weight: int
     scale: int
-    part: Part
+    part: Placement
     cuts: tuple[tuple[int, int, slice], ...]
     rewritten: Mapping[int, str]
     covers: tuple[str, ...]
@@ -283,7 +283,7 @@ class _Chunk(NamedTuple):
     scale: Tensor
 
 
-def groups_of(traced: Traced) -> list[Group]:
+def groups_of(traced: Traced) -> list[Rewritable]:
     """What recipes may rewrite, going by dtypes, shapes, alignment, and the names of scales, which begin with their weight's. Two
     recipes may name the same weight. A weight that is cut inside a block has none."""
     layout, found = traced.layout, []
@@ -294,7 +294,7 @@ def groups_of(traced: Traced) -> list[Group]:
     edges = np.searchsorted(layout.pieces.buffer[order], np.arange(len(layout.buffer_names) + 1))
     tensors = [traced.tensors[name] for name in layout.buffer_names]
 
-    def part(row: int, tensor: Tensor) -> Part | None:
+    def part(row: int, tensor: Tensor) -> Placement | None:
         return _part(layout, order[edges[row] : edges[row + 1]], tensor)
 
     for rows in siblings.values():
@@ -313,15 +313,17 @@ def groups_of(traced: Traced) -> list[Group]:
     return found
 
 
-def _group(layout: Layout, recipe: Recipe, buffers: tuple[int, int], weight: Part, scale: Part, units: _Units) -> Group:
+def _group(
+    layout: Layout, recipe: Recipe, buffers: tuple[int, int], weight: Placement, scale: Placement, units: _Units
+) -> Rewritable:
     rewritten = dict(zip(weight.piece.tolist(), units.weight_names, strict=True))
     if recipe.changes_scales:
         rewritten |= dict(zip(scale.piece.tolist(), units.scale_names, strict=True))
     covers = tuple(sorted({layout.tensor_of(p).name for p in (*weight.piece.tolist(), *scale.piece.tolist())}))
-    return Group(recipe, *buffers, weight, tuple(units.cuts), rewritten, covers)
+    return Rewritable(recipe, *buffers, weight, tuple(units.cuts), rewritten, covers)
 
 
-def _part(layout: Layout, rows: IntArray, tensor: Tensor) -> Part | None:
+def _part(layout: Layout, rows: IntArray, tensor: Tensor) -> Placement | None:
     """Pieces of a tensor that consists of boxes of matrices; None if it has other parts too, or isn't dense."""
     size, pieces = tensor.element_size(), layout.pieces
     height, width = (tensor.shape[-2] if tensor.ndim > 1 else 1), tensor.shape[-1]
@@ -334,7 +336,7 @@ def _part(layout: Layout, rows: IntArray, tensor: Tensor) -> Part | None:
         return None
     matrix, rest = np.divmod(pieces.offset[rows] // size, height * width)
     row, column = np.divmod(rest, width)
-    return Part(rows, matrix, row, column, shape[:, -2], shape[:, -1])
+    return Placement(rows, matrix, row, column, shape[:, -2], shape[:, -1])
 
 
 def renamed(layout: Layout, names: Mapping[int, str]) -> Layout:
@@ -354,23 +356,23 @@ def renamed(layout: Layout, names: Mapping[int, str]) -> Layout:
     return replace(layout, catalog=Catalog.of(specs), pieces=pieces)
 
 
-def names_of(groups: Iterable[Group]) -> dict[int, str]:
+def names_of(groups: Iterable[Rewritable]) -> dict[int, str]:
     """The name of R by piece, of several groups."""
     return {piece: name for group in groups for piece, name in group.rewritten.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class Taking:
     """Of a model's groups those that are `taken`: their parameters are to be filled with R's results."""
 
     traced: Traced
-    groups: Sequence[Group]
-    taken: Sequence[Group]
+    groups: Sequence[Rewritable]
+    taken: Sequence[Rewritable]
 
     @classmethod
-    def of(cls, traced: Traced, groups: Sequence[Group], held: frozenset[str]) -> Choice:
+    def of(cls, traced: Traced, groups: Sequence[Rewritable], held: frozenset[str]) -> Taking:
         """Those of which seeds hold R's results and don't hold what they were made of. held: names of logical tensors."""
-        taken: dict[int, Group] = {}
+        taken: dict[int, Rewritable] = {}
         for group in groups:
             if group.names <= held and not held.issuperset(group.covers):
                 taken.setdefault(group.weight, group)
@@ -391,7 +393,7 @@ class Choice:
         }
         return {**self.traced.derived, **more}
 
-    def without(self, left: Iterable[str]) -> Choice:
+    def without(self, left: Iterable[str]) -> Taking:
         """The engine itself has filled the groups of these."""
         names = frozenset(left)
         return replace(self, taken=[g for g in self.taken if not g.names & names])
@@ -402,7 +404,7 @@ class Choice:
         return {row: digest for row, digest in digests.items() if row not in gone}
 
     @property
-    def others(self) -> list[Group]:
+    def others(self) -> list[Rewritable]:
         """What has been loaded as the checkpoint has it."""
         weights = {g.weight for g in self.taken}
         return [g for g in self.groups if g.weight not in weights]
@@ -414,7 +416,7 @@ class Choice:
             g.prepare(self.traced.tensors[names[g.weight]], self.traced.tensors[names[g.scale]], staging_nbytes)
 
 
-def suffices(groups: Iterable[Group], held: frozenset[str]) -> bool:
+def suffices(groups: Iterable[Rewritable], held: frozenset[str]) -> bool:
     """Do seeds hold every group, as the checkpoint has it or as a recipe makes it?"""
     groups = list(groups)
     return {g.weight for g in groups} == {g.weight for g in groups if g.names <= held or held.issuperset(g.covers)}

@@ -25,8 +25,8 @@ from ..model.boxes import IntArray
 from ..model.catalog import ModelKey
 from ..model.layout import Layout
 from ..model.offer import Offer
-from .intact import Storages, device_of
-from .recipes import Choice, Group, names_of, suffices
+from .intact import Spans, device_of
+from .recipes import Rewritable, Taking, names_of, suffices
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Unsettled:
     scales: Mapping[str, tuple[int, Tensor]]
 
     @classmethod
-    def of(cls, choice: Choice, *, threads: int) -> Unsettled:
+    def of(cls, choice: Taking, *, threads: int) -> Unsettled:
         """Before the right inverse is put in. Hashes these pieces."""
         traced, groups, layout = choice.traced, choice.taken, choice.layout
         names = layout.buffer_names
@@ -106,7 +106,7 @@ class Unsettled:
 
     def problem(self, model: nn.Module, *, threads: int) -> str:
         """Which of them post-processing has made into something else, in words; "" if none."""
-        alive, address = Storages(model, self.space.device), self.address
+        alive, address = Spans(model, self.space.device), self.address
         nbytes = self.layout.buffer_nbytes
         buffers = self.layout.pieces.buffer[self.rows]
         here = {b for b in np.unique(buffers).tolist() if alive.at(int(address[b]), int(nbytes[b])) is not None}
@@ -123,7 +123,7 @@ class Unsettled:
 
 
 def held_by_seeds(
-    client: CoordinatorClient, key: ModelKey, groups: Sequence[Group], config: Config, deadline: Deadline
+    client: CoordinatorClient, key: ModelKey, groups: Sequence[Rewritable], config: Config, deadline: Deadline
 ) -> dict[str, frozenset[str]]:
     """Names of the logical tensors that seeds hold parts of, by seed; waits up to `wait_s` until they hold all of `groups`."""
 

@@ -35,6 +35,6 @@ def warn_unless_tested(engine: str) -> None:
     """Say once that `engine` (name and version, as in "vllm 0.32.0") is a release that was not tested. It is used all the same:
     what its loader does is traced, whatever its version."""
     name, _, version = engine.partition(" ")
-    tested = [t.version for t in TESTED[name]]
-    if version.partition("+")[0] not in tested:
+    tested = [t.version for t in TESTED.get(name, ())]
+    if tested and version.partition("+")[0] not in tested:
         log.warning("peerload: %s %s was not tested with this release of peerload; tested: %s", name, version, ", ".join(tested))

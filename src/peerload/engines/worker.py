@@ -49,7 +49,7 @@ from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
-from .recipes import Choice, groups_of
+from .recipes import Taking, groups_of
 from .settle import Said, Unsettled, held_by_seeds
 from .versions import warn_unless_tested
 
@@ -177,7 +177,7 @@ class Worker:
                 held = held_by_seeds(client, key, groups, self._config, deadline) if groups else {}
                 said.seeds = frozenset(held) if groups else None
             with self._together(client, "choose", deadline) as choosing:
-                choice = Choice.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
+                choice = Taking.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
                 choosing.recipes = bool(choice.taken)
                 job = self._job(model, key, checkpoint, choice, deadline, client)
             self._settles = choosing.recipes
@@ -317,7 +317,7 @@ class Worker:
         model: nn.Module,
         key: ModelKey,
         checkpoint: Checkpoint | None,
-        choice: Choice,
+        choice: Taking,
         deadline: Deadline,
         client: CoordinatorClient,
     ) -> Job:
@@ -346,11 +346,11 @@ class Worker:
             Rank(key, choice.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
-            on_bytes=_Progress(self._say),
+            on_bytes=_ProgressLine(self._say),
             complete=complete,
         )
 
-    def _derive(self, model: nn.Module, checkpoint: Checkpoint, choice: Choice, names: Sequence[str]) -> None:
+    def _derive(self, model: nn.Module, checkpoint: Checkpoint, choice: Taking, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
         known = choice.derived
         derived = [known[name] for name in names]
@@ -397,7 +397,7 @@ class Worker:
         log.log(logging.INFO if self._identity.rank == 0 else logging.DEBUG, f"peerload: {text}", *values)
 
 
-class _Progress:
+class _ProgressLine:
     """A line now and then."""
 
     def __init__(self, say: Callable[..., None]) -> None:

@@ -1,9 +1,4 @@
-"""The bytes are proven after they moved: what target ranks measured against what the seeds announced.
-
-A seed announces a digest for each box it holds (`Claims`); a target rank measures the boxes it copied (`Measured`). Ranks
-exchange their measurements as bytes and each computes the same `Verdict` from the same arguments, without I/O. A claim is
-checked wherever measured boxes, of whichever ranks, tile its box exactly: their digests must add up to it.
-"""
+"""What sources announced (`Claims`) and what target ranks measured (`Measured`), which ranks exchange as bytes."""
 
 from __future__ import annotations
 

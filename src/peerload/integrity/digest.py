@@ -37,7 +37,6 @@ import numpy.typing as npt
 
 from ..model.boxes import IntArray, volumes
 from ..model.catalog import Catalog
-from ..model.layout import Layout
 from ..native._lib import ffi, lib
 
 PRIME: Final = (1 << 61) - 1
@@ -48,17 +47,6 @@ DigestArray = npt.NDArray[np.uint64]
 _GRAIN_NBYTES: Final = 4 << 20
 #: Less than this isn't worth a second thread, bytes.
 _ALONE_NBYTES: Final = 1 << 20
-
-
-def digest_parts(
-    layout: Layout, address: IntArray, piece: IntArray, start: IntArray, stop: IntArray, *, threads: int = 0
-) -> DigestArray:
-    """[n] digests of boxes start[n, width]..stop[n, width] that lie inside the layout's pieces `piece[n]`, its buffers at
-    `address` [buffers]; for the rest see `digest_boxes`."""
-    pieces = layout.pieces
-    stride = pieces.stride[piece]
-    where = address[pieces.buffer[piece]] + pieces.offset[piece] + ((start - pieces.start[piece]) * stride).sum(axis=1)
-    return digest_boxes(layout.catalog, pieces.tensor[piece], start, stop, where, stride, threads=threads)
 
 
 def digest_boxes(

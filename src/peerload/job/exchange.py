@@ -86,7 +86,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Judgement:
     """What one rank has to say about a verdict. doubts: for people. wrong: for each rank the rows of its measurements that have
     to be read again. read: what this rank has received, by source."""
 
@@ -99,7 +99,7 @@ class Finding:
         return json.dumps({"doubts": list(self.doubts[:DOUBTS]), "wrong": wrong, "read": dict(self.read)}).encode()
 
     @classmethod
-    def decode(cls, data: bytes, rows: Sequence[int]) -> Finding:
+    def decode(cls, data: bytes, rows: Sequence[int]) -> Judgement:
         """rows: how many measurements each rank has sent. Raises ValueError for what `encode` can't have made."""
         try:
             told = json.loads(data)

@@ -19,16 +19,17 @@ from ..errors import ConfigError, PlanError, SourcesExhausted
 from ..integrity.verdict import State, Verdict
 from ..model.boxes import BoolArray, IntArray
 from ..model.offer import Offer
-from ..planning.plan import Plan, Wants
+from ..planning.plan import Plan
+from ..planning.wants import Wants
 from ..receipt import Receipt
 from ..transport.base import Transport
 from .exchange import Group
 from .ledger import Ledger, of_tensors
-from .proof import Proof
 from .rank import Rank
 from .reader import Outcome, Reader
 from .tally import Tally
 from .trust import RESTARTS, Sources
+from .verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +70,13 @@ def load(job: Job) -> Receipt:
             reader = stack.enter_context(run.registered())
             while True:
                 run.fetch(wants, reader)
-                measured = run.proof.measure()
+                measured = run.verification.measure()
                 skewed = measured.skewed()
                 if skewed:
                     wants = run.refreshed(skewed)
                     continue
-                verdict = run.proof.judge(measured)
-                wrong = run.proof.wrong(verdict)
+                verdict = run.verification.judge(measured)
+                wrong = run.verification.wrong(verdict)
                 if wrong is None:
                     run.complete()
                     return run.receipt(verdict)
@@ -95,7 +96,7 @@ class _Run:
         self._restarts = 0
         self.ledger = Ledger(job.rank.layout)
         self.sources = Sources(job.rank, transports, job.reserve, job.derives, deadline, tally)
-        self.proof = Proof(job.rank, self.ledger, self.sources, group, tally)
+        self.verification = Verification(job.rank, self.ledger, self.sources, group, tally)
 
     @contextmanager
     def registered(self) -> Iterator[Reader]:
@@ -214,7 +215,7 @@ class _Run:
             model=str(self._rank.model),
             rank=rank,
             sources=ledger.read(),
-            instance=self.proof.everybody,
+            instance=self.verification.everybody,
             needed_nbytes=needed,
             wire_nbytes=tally.wire_nbytes,
             operations=tally.operations,

@@ -58,7 +58,7 @@ class Attaches(Protocol):
 
 
 @dataclass(slots=True)
-class _Part:
+class _Portion:
     """What a plan asks of one source: offer `offer` of the plan. The first `done` steps are in place."""
 
     offer: int
@@ -122,10 +122,10 @@ class Reader:
     ) -> Outcome:
         """Do the plan's copies into buffers at `address` [buffers]. Sources that fail are reported, not raised; DeadlineExceeded
         is raised after all threads have stopped."""
-        parts = [_Part(i) for i in np.unique(plan.offer).tolist()]
+        parts = [_Portion(i) for i in np.unique(plan.offer).tolist()]
         stop = Event()
 
-        def drain(part: _Part) -> None:
+        def drain(part: _Portion) -> None:
             try:
                 self._drain(part, plan, address, deadline, on_bytes, stop)
             except BaseException:
@@ -144,7 +144,7 @@ class Reader:
 
     def _drain(
         self,
-        part: _Part,
+        part: _Portion,
         plan: Plan,
         address: IntArray,
         deadline: Deadline,
@@ -252,7 +252,7 @@ class Reader:
             raise SourceStale(str(offer.source), "its weights have changed since it announced them", next_step="discover again")
 
 
-def _outcome(plan: Plan, parts: Sequence[_Part]) -> Outcome:
+def _outcome(plan: Plan, parts: Sequence[_Portion]) -> Outcome:
     finished = [step for part in parts for step in part.steps[: part.done]]
     return Outcome(
         np.unique(np.concatenate([np.zeros(0, np.int64), *(part.undone(plan) for part in parts)])),

@@ -18,7 +18,7 @@ from threading import Event, Lock, Thread
 import numpy as np
 import numpy.typing as npt
 
-from ..coordinator.client import Lease
+from ..coordinator.client import Granted
 from ..deadline import Deadline
 from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from ..integrity.digest import PRIME
@@ -75,7 +75,7 @@ class Seed:
         self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{rank.layout.rank}", daemon=True)
         self._offer: Offer | None = None
         self._asked = False  # to be announced: the coordinator may offer us, even if its answer was lost
-        self._lease: Lease | None = None
+        self._lease: Granted | None = None
         self._closing = ExitStack()
 
     @property
@@ -156,7 +156,7 @@ class Seed:
             return
         try:
             if self._asked:
-                self._coordinator.withdraw(Lease(self.offer.source, self._ttl_s), Deadline.after(GOODBYE_S))
+                self._coordinator.withdraw(Granted(self.offer.source, self._ttl_s), Deadline.after(GOODBYE_S))
         except (CoordinatorError, DeadlineExceeded) as error:
             log.warning("peerload: could not withdraw %s, its lease will run out: %s", self.offer.source, error.message)
         finally:
@@ -216,7 +216,7 @@ class Seed:
                 log.warning("peerload: %s is not offered over %s: %s", self._rank.member.instance, name, error.message)
         return tuple(found)
 
-    def _announce(self) -> Lease:
+    def _announce(self) -> Granted:
         self._asked = True
         return self._coordinator.announce(self.offer, self._rank.model, files=self._files, ttl_s=self._ttl_s)
 

@@ -22,7 +22,8 @@ from ..errors import (
 from ..integrity.verdict import Verdict
 from ..model.catalog import is_derived
 from ..model.offer import Offer, SourceId
-from ..planning.plan import Plan, Wants, make_plan
+from ..planning.plan import Plan, make_plan
+from ..planning.wants import Wants
 from ..transport.base import Transport
 from ..transport.process import boot_id
 from .ledger import of_tensors

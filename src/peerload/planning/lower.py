@@ -20,7 +20,7 @@ from .batch import LEVELS, Batch
 from .plan import Plan
 
 
-class Limits(Protocol):
+class Costs(Protocol):
     """What lowering needs to know of a transport; `transport.base.Limits` has the meanings."""
 
     @property
@@ -62,7 +62,7 @@ class Lowered:
     staging_nbytes: int
 
 
-def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: int | None = None) -> Lowered:
+def lower(plan: Plan, limits: Costs, address: IntArray, staging_nbytes: int, only: int | None = None) -> Lowered:
     """Batches for `plan` when the wanting layout's buffers begin at `address[buffer]` here.
 
     staging_nbytes bounds temporary memory of one step, bytes. only: the one offer to read (default: all)."""
@@ -156,9 +156,7 @@ def _normal_form(
     return Batch(src, dst, run, *(np.ascontiguousarray(a[:, outermost_first]) for a in (count, s_step, d_step))), owner
 
 
-def _direct_steps(
-    offer: int, copies: Batch, owner: IntArray, buffers: IntArray, rows: IntArray, limits: Limits
-) -> Iterator[Step]:
+def _direct_steps(offer: int, copies: Batch, owner: IntArray, buffers: IntArray, rows: IntArray, limits: Costs) -> Iterator[Step]:
     """Rows of one offer by ascending source address: neighbours joined, large copies cut, grouped into batches."""
     if len(rows) == 0:
         return
@@ -210,7 +208,7 @@ def _joined(batch: Batch, buffers: IntArray) -> tuple[Batch, IntArray]:
 
 
 def _staged_steps(
-    offer: int, copies: Batch, owner: IntArray, rows: IntArray, limits: Limits, staging_nbytes: int
+    offer: int, copies: Batch, owner: IntArray, rows: IntArray, limits: Costs, staging_nbytes: int
 ) -> Iterator[Step]:
     """Each copy cut so that its span fits the staging buffer, then as many spans as fit are pulled together."""
     if len(rows) == 0:

@@ -10,56 +10,20 @@ Pure: standard library and NumPy only, no I/O, the same result for the same argu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from ..errors import Hole, PlanError, Refusal
-from ..model.boxes import IntArray, first_overlap, pad_left, volumes
-from ..model.catalog import Catalog, frozen, is_derived
+from ..errors import PlanError, Refusal
+from ..model.boxes import IntArray, pad_left, volumes
+from ..model.catalog import frozen, is_derived
 from ..model.layout import Layout
 from ..model.offer import Offer, SourceId
 from .holders import Cells, choose
-
-
-@dataclass(frozen=True, eq=False)
-class Wants:
-    """Boxes that a target rank has yet to receive: start[n, width], stop[n, width] inside the layout's pieces `piece[n]`."""
-
-    layout: Layout
-    piece: IntArray
-    start: IntArray
-    stop: IntArray
-
-    @classmethod
-    def of(cls, layout: Layout) -> Wants:
-        """Everything the layout's loader has to write. Raises ManifestError if two pieces share a byte."""
-        layout.prove_disjoint()
-        rows = layout.written
-        pieces = layout.pieces
-        return cls(layout, rows, pieces.start[rows], pieces.stop[rows])
-
-    def __len__(self) -> int:
-        return len(self.piece)
-
-    @property
-    def tensor(self) -> IntArray:
-        return self.layout.pieces.tensor[self.piece]
-
-    @cached_property
-    def nbytes(self) -> int:
-        return int((volumes(self.start, self.stop) * self.layout.catalog.itemsize[self.tensor]).sum())
-
-    def hole(self, row: int, start: IntArray, stop: IntArray, reason: str) -> Hole:
-        spec = self.layout.catalog[int(self.tensor[row])]
-        return Hole(spec.name, self.layout.rank, box_text(start, stop, len(spec.shape)), reason)
-
-
-def box_text(start: IntArray, stop: IntArray, ndim: int) -> str:
-    cut = len(start) - ndim
-    return "[" + ", ".join(f"{a}:{b}" for a, b in zip(start[cut:].tolist(), stop[cut:].tolist(), strict=True)) + "]"
+from .proof import Proof
+from .wants import Wants, rows_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +46,7 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("want", "offer", "piece", "start", "stop"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
-        _prove(self)
+        Proof(self.wants, self.offers, self.want, self.offer, self.piece, self.start, self.stop).check()
 
     def __len__(self) -> int:
         return len(self.want)
@@ -106,18 +70,6 @@ class Plan:
         """What is still wanted when only the copies in rows `undone` have not been done."""
         piece = self.wants.piece[self.want[undone]]
         return Wants(self.wants.layout, piece, self.start[undone], self.stop[undone])
-
-    def source_boxes(self) -> tuple[IntArray, IntArray]:
-        """Per copy, the start and stop of the source piece it reads from, [n, width] each."""
-        width = self.start.shape[1]
-        start, stop = np.zeros_like(self.start), np.ones_like(self.stop)
-        for i, offer in enumerate(self.offers):
-            rows = np.flatnonzero(self.offer == i)
-            pieces = offer.layout.pieces
-            common = min(width, pieces.start.shape[1])
-            start[rows, width - common :] = pieces.start[self.piece[rows], -common:]
-            stop[rows, width - common :] = pieces.stop[self.piece[rows], -common:]
-        return start, stop
 
 
 def make_plan(
@@ -198,22 +150,6 @@ def _contradiction(ours: Layout, theirs: Layout) -> str:
     return ""
 
 
-def _rows_in(ours: Layout, theirs: Layout) -> IntArray:
-    """Our catalog row for each of their catalog rows, -1 for tensors we don't have. A tied tensor that they lack under
-    our name is found under its other name."""
-    if ours.catalog == theirs.catalog:
-        rows = np.arange(len(theirs.catalog))
-    else:
-        rows = np.fromiter((ours.catalog.row.get(n, -1) for n in theirs.catalog.names), np.int64, len(theirs.catalog))
-    held = set(np.unique(theirs.pieces.tensor).tolist()) if ours.aliases else set()
-    for alias, name in ours.aliases.items():
-        other = theirs.catalog.row.get(alias)
-        if other in held and theirs.catalog.row.get(name) not in held:
-            rows = rows.copy()
-            rows[other] = ours.catalog.row[name]
-    return rows
-
-
 def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells:
     """Every intersection of a wanted box with an offered piece. Offers that share a layout are joined once."""
     catalog, width = wants.layout.catalog, wants.layout.catalog.width
@@ -225,7 +161,7 @@ def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells
     parts: list[tuple[IntArray, ...]] = []
     for k, holders in enumerate(layouts.values()):
         theirs = offers[holders[0]].layout
-        tensor = _rows_in(wants.layout, theirs)[theirs.pieces.tensor]
+        tensor = rows_in(wants.layout, theirs)[theirs.pieces.tensor]
         rows = np.flatnonzero(wanted[tensor])
         cut = max(0, theirs.pieces.start.shape[1] - width)
         start = pad_left(theirs.pieces.start[rows, cut:], width, 0)
@@ -262,64 +198,3 @@ def _why(wants: Wants, row: int, offers: Sequence[Offer]) -> str:
     if not any(name in o.layout.catalog.row for o in offers):
         return "no usable offer's model has this tensor"
     return "no usable offer holds this part"
-
-
-def _prove(plan: Plan) -> None:
-    """Raise PlanError unless the copies write every wanted element exactly once out of pieces that hold it."""
-    wants, layout = plan.wants, plan.wants.layout
-    catalog, width = layout.catalog, layout.catalog.width
-
-    def refuse(row: int, problem: str) -> None:
-        want = int(plan.want[row])
-        name = catalog.names[int(wants.tensor[want])] if 0 <= want < len(wants) else f"want {want}"
-        box = box_text(plan.start[row], plan.stop[row], width)
-        raise PlanError(f"invalid plan: copy {row} of {name}{box} for rank {layout.rank} {problem}")
-
-    layout.prove_disjoint()
-    twice = first_overlap(wants.piece, wants.start, wants.stop)
-    if twice is not None:
-        hole = wants.hole(twice[1], wants.start[twice[1]], wants.stop[twice[1]], f"is wanted again by want {twice[0]}")
-        raise PlanError("invalid plan: wants overlap", holes=(hole,))
-    n = len(plan)
-    columns_fit = len(plan.offer) == len(plan.piece) == n and plan.start.shape == plan.stop.shape == (n, width)
-    if not columns_fit:
-        raise PlanError("invalid plan: columns differ in length")
-    for column, limit in ((plan.want, len(wants)), (plan.offer, len(plan.offers))):
-        for row in np.flatnonzero((column < 0) | (column >= limit))[:1]:
-            refuse(int(row), "names a want or an offer that does not exist")
-    for row in np.flatnonzero(
-        ((plan.start < wants.start[plan.want]) | (plan.stop > wants.stop[plan.want]) | (plan.start >= plan.stop)).any(axis=1)
-    )[:1]:
-        refuse(int(row), "lies outside the wanted box")
-    mapped: dict[int, IntArray] = {}
-    for i, offer in enumerate(plan.offers):
-        rows = np.flatnonzero(plan.offer == i)
-        pieces = offer.layout.pieces
-        for row in rows[(plan.piece[rows] < 0) | (plan.piece[rows] >= len(pieces))][:1]:
-            refuse(int(row), f"names a piece that {offer.source} does not have")
-        theirs = pieces.tensor[plan.piece[rows]]
-        if id(offer.layout) not in mapped:
-            mapped[id(offer.layout)] = _rows_in(layout, offer.layout)
-        for row in rows[mapped[id(offer.layout)][theirs] != wants.tensor[plan.want[rows]]][:1]:
-            refuse(int(row), f"reads another tensor of {offer.source}")
-        if offer.layout.catalog is not catalog:
-            _check_dtypes(catalog, offer.layout.catalog, theirs, wants.tensor[plan.want[rows]], rows, refuse)
-    held_start, held_stop = plan.source_boxes()
-    for row in np.flatnonzero(((plan.start < held_start) | (plan.stop > held_stop)).any(axis=1))[:1]:
-        refuse(int(row), f"lies outside the piece that {plan.offers[int(plan.offer[row])].source} holds")
-    clash = first_overlap(plan.want, plan.start, plan.stop)
-    if clash is not None:
-        refuse(clash[1], f"writes elements that copy {clash[0]} writes too")
-    written = np.bincount(plan.want, volumes(plan.start, plan.stop), len(wants)).astype(np.int64)
-    for want in np.flatnonzero(written != volumes(wants.start, wants.stop))[:1]:
-        hole = wants.hole(int(want), wants.start[want], wants.stop[want], f"only {written[want]} of its elements are written")
-        raise PlanError("invalid plan: a wanted box is not covered", holes=(hole,))
-
-
-def _check_dtypes(
-    ours: Catalog, theirs: Catalog, their_rows: IntArray, our_rows: IntArray, rows: IntArray, refuse: Callable[[int, str], None]
-) -> None:
-    for mine, other in dict.fromkeys(zip(our_rows.tolist(), their_rows.tolist(), strict=True)):
-        if ours.dtypes[mine] != theirs.dtypes[other]:
-            row = rows[np.flatnonzero(their_rows == other)[0]]
-            refuse(int(row), f"would read {theirs.dtypes[other]} into {ours.dtypes[mine]}")

@@ -16,7 +16,7 @@ from peerload.model.boxes import Box, IntArray
 from peerload.model.catalog import ITEMSIZE, Catalog, Parallel
 from peerload.model.layout import Layout
 
-from .layouts import Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Whole
+from .layouts import Blocks, Chunked, FirstRank, Heads, Model, Padded, Param, Part, Replicated, Split
 
 #: What a cell holds before anybody wrote to it, and when a loader filled it with zero.
 UNTOUCHED, ZERO = -1, -2
@@ -46,9 +46,9 @@ def _held(split: Split, extent: int, rank: int, size: int) -> list[int | None]:
     """The indices a rank keeps along the split's axis; None is a zero."""
     indices = list(range(extent))
     match split:
-        case Whole():
+        case Replicated():
             return [*indices]
-        case Cut():
+        case Chunked():
             units = [indices[i : i + split.unit] for i in range(0, extent, split.unit)]
             return [i for u in _dealt(range(len(units)), size)[rank] for i in units[u]]
         case Heads():

@@ -96,10 +96,8 @@ class Functions(TorchFunctionMode):
     ) -> object:
         handler = self._handlers.get(func)
         if handler is None:
-            for value in (*args, *kwargs.values()) if kwargs else args:
-                if type(value) is Item or (type(value) in (list, tuple) and any(type(v) is Item for v in value)):  # type: ignore[attr-defined]
-                    value = value if type(value) is Item else next(v for v in value if type(v) is Item)  # type: ignore[attr-defined]
-                    value.asked()
+            if self.items:
+                _refuse_items((*args, *(kwargs or {}).values()))
             return func(*args, **(kwargs or {}))
         return handler(func, *args, **(kwargs or {}))
 
@@ -133,3 +131,11 @@ class Functions(TorchFunctionMode):
         if into.device.type != "meta" and value.device.type == "meta" and self._recorder.known(value):
             value = self._recorder.housed(value, into.device)
         func(into, value)
+
+
+def _refuse_items(values: Iterable[object]) -> None:
+    """Raise LayoutError for an `Item` among the arguments of a call that has no use for it."""
+    for value in values:
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(inner, Item):
+                inner.asked()

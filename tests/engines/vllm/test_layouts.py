@@ -44,6 +44,11 @@ CASTS = {
 COMPUTED = {"qwen3-moe-fp8-tensor": (r"\.w13_input_scale$", r"(gate|up)_proj\.input_scale are loaded into one place")}
 #: Checkpoint tensors that no rank keeps: without an order of activations, GPTQ's kernels don't ask for groups.
 SKIPPED = {"llama-gptq": r"\.g_idx$", "qwen3-moe-gptq": r"\.g_idx$"}
+if VERSION == "vllm 0.24.0":  # it keeps groups, those of a fused layer in one place, and zeros of experts in the scales' dtype
+    SKIPPED = {}
+    CASTS["qwen3-moe-gptq"] = (r"\.experts\..*\.qzeros$", "F16")
+    COMPUTED["llama-gptq"] = (r"\.(qkv|gate_up)_proj\.g_idx$", r"_proj\.g_idx are loaded into one place")
+    COMPUTED["qwen3-moe-gptq"] = (r"\.(qkv_proj\.|w13_)g_idx$", r"_proj\.g_idx are loaded into one place")
 #: Those that only rank 0 keeps, if experts are split by columns; the others hold zeros in their place.
 RANK_0_ONLY = {"gpt-oss": r"\.down_proj_bias$"}
 #: What can't be followed, and a part of what we say: vLLM selects the experts by an index tensor, on the checkpoint's device.

@@ -78,7 +78,7 @@ def no_inverse(self: object, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def wrong_recipe() -> None:
-    recipes.Blocks.prepare = no_inverse  # type: ignore[method-assign]
+    recipes.BlockScales.prepare = no_inverse  # type: ignore[method-assign]
 
 
 @pytest.mark.timeout(900)

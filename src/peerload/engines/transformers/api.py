@@ -73,7 +73,7 @@ def load(
 class ModelSeed:
     """A model on offer. `layout`: what this rank offers; `model`: under which name and revision."""
 
-    def __init__(self, this: _Opened, seed: Seed | None) -> None:
+    def __init__(self, this: _Ready, seed: Seed | None) -> None:
         self.layout: Layout = this.live.layout
         self.model: ModelKey = this.model
         self._this, self._seed = this, seed
@@ -132,7 +132,7 @@ def seed(
         yield ModelSeed(this, offered)
 
 
-def _offer(this: _Opened, settings: Config, *, every: bool) -> Seed:
+def _offer(this: _Ready, settings: Config, *, every: bool) -> Seed:
     """A seed, not entered yet, of weights that may be offered."""
     live, rank = this.live, this.rank(settings)
     if this.stands_for_disk:
@@ -142,7 +142,7 @@ def _offer(this: _Opened, settings: Config, *, every: bool) -> Seed:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
+class _Ready:
     """This process's part in a load or an offer. stands_for_disk: the model's revision is that of the checkpoint's bytes."""
 
     model: ModelKey
@@ -170,7 +170,7 @@ def _opened(
     group: dist.ProcessGroup | None,
     *,
     find: bool,
-) -> Iterator[_Opened]:
+) -> Iterator[_Ready]:
     """Everything that all ranks must have in common, and this rank's own part. find: as `_told`."""
     inner = unwrapped(model)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
@@ -187,7 +187,7 @@ def _opened(
             files, catalog = (None, None) if disk is None else (ModelFiles.of(disk.directory), disk.catalog)
             live = live_model(inner, files, catalog, rank=rank)
         member = Member(common.instance, rank, size, common.launch)
-        yield _Opened(common.model, live, member, client, disk, disk is not None and not config.revision, group)
+        yield _Ready(common.model, live, member, client, disk, disk is not None and not config.revision, group)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 from ...config import Config
 from ...errors import ConfigError
 from ...integrity.digest import Columns, cut_boxes
-from ...job.load import Job, Member, load
+from ...job.load import Job, load
+from ...job.rank import Member, Rank, kept_open
 from ...memory.placing import placed, regions_for
 from ...memory.space import HOST, Space
 from ...model.boxes import IntArray, volumes
@@ -97,18 +98,10 @@ def _read(layout: Layout, boxes: Columns, checkpoint: Checkpoint, files: FilesTr
     address = np.array([memory.data_ptr()], np.int64)
     pieces = Pieces(tensor, start, stop, np.zeros(len(tensor), np.int64), offset, stride)
     wanted = Layout(layout.catalog, ("",), np.array([memory.nbytes]), pieces)
-    load(
-        Job(
-            ModelKey("checkpoint"),
-            wanted,
-            address,
-            regions_for([placed(memory)], "per-tensor"),
-            Member("comparison"),
-            {files.name: files},
-            Config(verify="off", attach=False),
-            reserve=[checkpoint.offer()],
-        )
-    )
+    regions, config = regions_for([placed(memory)], "per-tensor"), Config(verify="off")
+    opening = kept_open({files.name: files})
+    rank = Rank(ModelKey("checkpoint"), wanted, address, regions, Member("comparison"), config, opening=opening)
+    load(Job(rank, [checkpoint.offer()]))
     return (owner, tensor, start, stop, address[0] + offset, stride), memory
 
 

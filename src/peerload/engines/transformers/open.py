@@ -189,7 +189,7 @@ class _Slices:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Loaded:
+class _EngineLoad:
     """What the engine's own load has made: its model, on meta where it was loaded, and this rank's loaded tensors by name.
 
     held: the layout of the tensors; layout: that of what instances exchange, see `casts.as_stored`. groups: the names of each
@@ -208,7 +208,7 @@ def _load(
     parallel: Parallel,
     rank: int,
     kind: type[PreTrainedModel] | None = None,
-) -> _Loaded:
+) -> _EngineLoad:
     """The engine's own load, on tensors without values."""
     config = config_of(files, len(catalog))
     quantizer_of(files)  # refuses what can't be loaded here at all
@@ -259,7 +259,7 @@ def _described(
     describer: Describer,
     ignored: Mapping[str, str],
     files: ModelFiles,
-) -> _Loaded:
+) -> _EngineLoad:
     """Raises LayoutError where a tensor has values that are no copies, apart from casts."""
     groups: dict[tuple[int, View], list[str]] = {}
     for name, tensor in local.items():
@@ -279,7 +279,7 @@ def _described(
             )
     held, names = describer.layout(ignored), list(groups.values())
     stored = as_stored(held, {name: logical[name][0] for name in describer.derived})
-    return _Loaded(model, with_aliases(held, names), with_aliases(stored, names), local, names)
+    return _EngineLoad(model, with_aliases(held, names), with_aliases(stored, names), local, names)
 
 
 def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
@@ -293,7 +293,7 @@ def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
     )
 
 
-def _settle(loaded: _Loaded, device: torch.device, arena: Arena | None) -> tuple[list[Tensor], tuple[Shadow, ...]]:
+def _settle(loaded: _EngineLoad, device: torch.device, arena: Arena | None) -> tuple[list[Tensor], tuple[Shadow, ...]]:
     """Give what was loaded memory that nobody has touched, in the arena if there is one. Returns that of each buffer of the
     layout, and the shadows."""
     memory: list[Tensor] = []

@@ -16,7 +16,7 @@ from ...errors import LayoutError
 from ..checkpoint import ModelFiles
 
 
-class _Kept(FineGrainedFP8HfQuantizer):
+class _KeptQuantized(FineGrainedFP8HfQuantizer):
     """As on an accelerator that has kernels for FP8: elsewhere transformers computes BF16 weights while it loads."""
 
     def validate_environment(self, *_: object, **__: object) -> None:
@@ -29,7 +29,7 @@ def kept(keep: bool = True) -> Iterator[None]:
     this host can compute with. Not thread-safe."""
     before = {name: AUTO_QUANTIZER_MAPPING[name] for name in ("fp8", "mxfp8")}
     if keep:
-        AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(before, _Kept))
+        AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(before, _KeptQuantized))
     try:
         yield
     finally:

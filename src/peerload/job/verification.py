@@ -12,7 +12,7 @@ from ..integrity.digest import DigestArray
 from ..integrity.verdict import State, Verdict, compare
 from ..model.boxes import IntArray
 from ..receipt import Read
-from .exchange import Finding, Group
+from .exchange import Group, Judgement
 from .ledger import Ledger, Rows
 from .rank import Rank
 from .tally import Tally
@@ -22,7 +22,7 @@ from .trust import Sources
 REREADS = 3
 
 
-class Proof:
+class Verification:
     """Of what `ledger` holds for `rank`, one of `group`. `everybody`: what all ranks have received, by source, as of the last
     verdict."""
 
@@ -112,14 +112,14 @@ class Proof:
         if len(unvouched):
             wrong[member.rank] += unvouched.tolist()
             doubted.append(f"rank {member.rank}: {len(unvouched)} boxes that no digest covers came from sources lost since")
-        finding = Finding(doubted, wrong, self._ledger.read())
+        finding = Judgement(doubted, wrong, self._ledger.read())
         with self._tally.phase("commit"):
             parts = self._group.tell(finding.encode())
         counts = np.bincount(verdict.measured.rank, minlength=max(wrong) + 1).tolist()
-        told: list[Finding] = []
+        told: list[Judgement] = []
         for rank, part in enumerate(parts):
             try:
-                told.append(Finding.decode(part, counts))
+                told.append(Judgement.decode(part, counts))
             except ValueError as error:
                 raise self._group.nonsense(rank, error) from error
         self.everybody = {}
