@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
 from ..errors import CommitError, DeadlineExceeded
@@ -123,9 +122,10 @@ class Unsettled:
 
 
 def held_by_seeds(
-    client: CoordinatorClient, key: ModelKey, groups: Sequence[Rewritable], config: Config, deadline: Deadline
+    client: CoordinatorClient, key: ModelKey, groups: Sequence[Rewritable], waiting: Deadline, deadline: Deadline
 ) -> dict[str, frozenset[str]]:
-    """Names of the logical tensors that seeds hold parts of, by seed; waits up to `wait_s` until they hold all of `groups`."""
+    """Names of the logical tensors that seeds hold parts of, by seed; waits until they hold all of `groups`, at most while
+    `waiting` lasts."""
 
     def names(offers: Sequence[Offer]) -> dict[str, frozenset[str]]:
         """Ranks of one layout share it."""
@@ -139,7 +139,7 @@ def held_by_seeds(
     def enough(offers: Sequence[Offer]) -> bool:
         return suffices(groups, frozenset().union(*names(offers).values()))
 
-    if config.wait_s > 0:
+    if waiting.remaining_s > 0:
         with suppress(DeadlineExceeded):  # what nobody has by then comes from elsewhere
-            return names(client.wait_for(key, deadline.within(config.wait_s), enough))
+            return names(client.wait_for(key, deadline.within(waiting.remaining_s), enough))
     return names(client.discover(key, deadline))

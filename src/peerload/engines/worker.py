@@ -167,19 +167,20 @@ class Worker:
     def _load(self, model: nn.Module) -> Receipt:
         if self._identity.rank == 0:
             warn_unless_tested(self._identity.engine)
-        deadline = Deadline.after(self._config.deadline_s)
+        deadline, waiting = Deadline.after(self._config.deadline_s), Deadline.after(self._config.wait_s)
         with CoordinatorClient(self._config.url) as client:
             with self._together(client, "begin", deadline) as said:
                 key, catalog, checkpoint = self._source(client, deadline)
                 said.key = str(key)
                 traced = self._trace(model, catalog)
                 groups = groups_of(traced)
-                held = held_by_seeds(client, key, groups, self._config, deadline) if groups else {}
+                held = held_by_seeds(client, key, groups, waiting, deadline) if groups else {}
                 said.seeds = frozenset(held) if groups else None
             with self._together(client, "choose", deadline) as choosing:
                 choice = Taking.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
                 choosing.recipes = bool(choice.taken)
-                job = self._job(model, key, checkpoint, choice, deadline, client)
+                left = self._config.replace(deadline_s=deadline.remaining_s, wait_s=waiting.remaining_s)
+                job = self._job(model, key, checkpoint, choice, left, client)
             self._settles = choosing.recipes
             receipt = load(job)
         self._report(receipt)
@@ -318,11 +319,11 @@ class Worker:
         key: ModelKey,
         checkpoint: Checkpoint | None,
         choice: Taking,
-        deadline: Deadline,
+        config: Config,
         client: CoordinatorClient,
     ) -> Job:
-        """This rank's load, which keeps what is left of the deadline."""
-        config, traced = self._config.replace(deadline_s=deadline.remaining_s), choice.traced
+        """This rank's load. config: with what is left of the deadlines."""
+        traced = choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         device = device_of(tensors)
