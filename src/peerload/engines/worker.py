@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError, reason_of
+from ..errors import (
+    ConfigError,
+    CoordinatorError,
+    DeadlineExceeded,
+    LayoutError,
+    PeerloadError,
+    VerifyError,
+    reason_of,
+)
 from ..job.exchange import Group
 from ..job.load import Job, load
 from ..job.rank import Member, Rank
@@ -41,6 +49,8 @@ from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
+from .recipes import Taking, groups_of
+from .settle import Said, Unsettled, held_by_seeds
 from .versions import warn_unless_tested
 
 log = logging.getLogger(__name__)
@@ -121,7 +131,7 @@ class Identity:
 
 
 class Worker:
-    """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
+    """Use: `load` before the engine's post-processing, `settle` and `serve` after it, `close` in the end. Not thread-safe.
 
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
     engine calls the model, a name or a path. engine_loader: the model's own loader, as the engine calls it. finish: what the
@@ -142,6 +152,8 @@ class Worker:
         self._engine_loader, self._finish = engine_loader, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
+        self._unsettled: Unsettled | None = None
+        self._settles = False  # does any rank hold what recipes have made?
 
     @cached_property
     def _directory(self) -> Path:
@@ -151,10 +163,15 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. All ranks return, or all raise, and then the
         model must not be used: NotFollowed if the engine may load it from disk (`fallback`), else what went wrong here, or
         CommitError with what went wrong on another rank."""
-        try:
+        with self._or_from_disk():
             return self._load(model)
+
+    @contextmanager
+    def _or_from_disk(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            self._loaded = None
+            self._loaded = self._unsettled = None
             if self._config.fallback != "disk":
                 raise
             if not isinstance(error, PeerloadError):
@@ -166,18 +183,45 @@ class Worker:
     def _load(self, model: nn.Module) -> Receipt:
         if self._identity.rank == 0:
             warn_unless_tested(self._identity.engine)
-        deadline = Deadline.after(self._config.deadline_s)
+        deadline, waiting = Deadline.after(self._config.deadline_s), Deadline.after(self._config.wait_s)
         with CoordinatorClient(self._config.url) as client:
-            with self._together(client, deadline) as loading:
+            with self._together(client, "begin", deadline) as said:
                 key, catalog, checkpoint = self._source(client, deadline)
-                loading.append(str(key))
+                said.key = str(key)
                 traced = self._trace(model, catalog)
-                job = self._job(model, key, checkpoint, traced, deadline, client)
+                groups = groups_of(traced)
+                held = held_by_seeds(client, key, groups, waiting, deadline) if groups else {}
+                said.seeds = frozenset(held) if groups else None
+            with self._together(client, "choose", deadline) as choosing:
+                choice = Taking.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
+                choosing.recipes = bool(choice.taken)
+                left = self._config.replace(deadline_s=deadline.remaining_s, wait_s=waiting.remaining_s)
+                job = self._job(model, key, checkpoint, choice, left, client)
+            self._settles = choosing.recipes
             receipt = load(job)
         self._report(receipt)
+        digests = choice.without(receipt.left).arrived(receipt.digests)
         if self._loaded is not None:
-            self._loaded[1].prove(receipt.digests)
+            self._loaded[1].prove(digests)
+        if self._unsettled is not None:
+            self._unsettled.prove(digests)
         return receipt
+
+    def settle(self, model: nn.Module) -> None:
+        """After the engine's post-processing, and before the model is used: has it left what came from seeds in post-processed
+        form as they had it? All ranks return, or all raise as `load` does."""
+        if not self._settles:
+            return
+        unsettled, self._unsettled = self._unsettled, None
+        with self._or_from_disk(), CoordinatorClient(self._config.url) as client:
+            with self._together(client, "settle", Deadline.after(self._config.deadline_s)) as said:
+                said.problem = unsettled.problem(model, threads=self._config.threads) if unsettled is not None else ""
+            if said.problem:
+                raise VerifyError(
+                    f"{self._identity.instance}, {said.problem}",
+                    next_step="the seed's kernels are others: allow fallback=disk, or load from a seed with the same kernels",
+                )
+        self._say("what came in post-processed form is as the seeds have it, on all ranks")
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
@@ -218,24 +262,18 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, client: CoordinatorClient, deadline: Deadline) -> Iterator[list[str]]:
+    def _together(self, client: CoordinatorClient, step: str, deadline: Deadline) -> Iterator[Said]:
         """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
-        for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
-        who, loading = self._identity, list[str]()
-        group = Group(f"{who.member.group}/begin", who.rank, who.size, client, deadline)
+        for a load that won't begin. The block says what it has to say; afterwards, that is what all ranks say together."""
+        who, said = self._identity, Said()
+        group = Group(f"{who.member.group}/{step}", who.rank, who.size, client, deadline)
         try:
-            yield loading
-            heard = group.tell("".join(loading).encode())
+            yield said
+            heard = group.tell(said.encode())
         except BaseException as error:
             group.abort(error)
             raise
-        for rank, said in enumerate(heard):
-            if said != heard[0]:
-                raise CommitError(
-                    f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
-                    f"{said.decode(errors='replace')}",
-                    next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
-                )
+        said.join(heard)
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -296,12 +334,12 @@ class Worker:
         model: nn.Module,
         key: ModelKey,
         checkpoint: Checkpoint | None,
-        traced: Traced,
-        deadline: Deadline,
+        choice: Taking,
+        config: Config,
         client: CoordinatorClient,
     ) -> Job:
-        """This rank's load, which keeps what is left of the deadline."""
-        config = self._config.replace(deadline_s=deadline.remaining_s)
+        """This rank's load. config: with what is left of the deadlines."""
+        traced = choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         device = device_of(tensors)
@@ -310,24 +348,29 @@ class Worker:
         def complete(left: tuple[str, ...]) -> None:
             if left:
                 assert checkpoint is not None, "nothing is left without one"
-                self._derive(model, checkpoint, traced, left)
+                self._derive(model, checkpoint, choice, left)
+            come = choice.without(left)
+            if come.taken:
+                self._unsettled = Unsettled.of(come, threads=config.threads)
             if config.source:  # before the engine's last step, which targets take themselves
-                kept = {"retain_nbytes": config.retain_bytes, "threads": config.threads}
-                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(traced, **kept)))
+                limits = {"retain_nbytes": config.retain_bytes, "staging_nbytes": config.staging_bytes, "threads": config.threads}
+                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(come, **limits)))
+            come.prepare(config.staging_bytes)
             if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
                 self._finish(model)
 
         return Job(
-            Rank(key, traced.layout, address, regions, member, config, client, device),
+            Rank(key, choice.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
             on_bytes=_ProgressLine(self._say),
             complete=complete,
         )
 
-    def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
+    def _derive(self, model: nn.Module, checkpoint: Checkpoint, choice: Taking, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
-        derived = [traced.derived[name] for name in names]
+        known = choice.derived
+        derived = [known[name] for name in names]
         wanted = sorted({name for d in derived for name in d.covers})
         self._say(
             "no seed has %d derived tensors (%s: %s): %s makes them from %d checkpoint tensors on disk",

@@ -59,7 +59,7 @@ class PeerloadLoader(BaseModelLoader):
         try:
             self._identity = identity(vllm_config, self._config)
             self._identity.launch.require_coordinator(self._config)
-            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            model = self._from_peers(vllm_config, model_config, prefix)
         except NotFollowed as error:
             reason = error.message  # the error holds on to the model
         else:
@@ -75,6 +75,13 @@ class PeerloadLoader(BaseModelLoader):
         layers.update(before[0])
         moe[:] = before[1]
         return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    def _from_peers(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        """Built, loaded, post-processed, and as it should be."""
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        assert self._worker is not None, "load_model calls load_weights"
+        self._worker.settle(model)
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         if self._identity is None:  # vLLM loads new weights into a model that is there
