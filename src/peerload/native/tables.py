@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._lib import ffi, lib
-from .columns import CopyColumns, Columns
+from .columns import Columns, CopyColumns
 
 IntArray = npt.NDArray[np.int64]
 
