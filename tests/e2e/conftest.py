@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 
+from peerload.coordinator.client import CoordinatorClient
+from peerload.coordinator.server import Coordinator, serve
 from peerload.model.catalog import Parallel
 from peerload.testing.instances import CONFIG, Life, Result
 from peerload.testing.layouts import llama
@@ -53,6 +55,18 @@ def url(shared_url: str) -> str:
     """The coordinator of all tests of a file; each has a model of its own, since the leases of killed seeds outlive a test."""
     NAME.append(f"test-{len(NAME)}")
     return shared_url
+
+
+@pytest.fixture
+def coordinator() -> Iterator[Coordinator]:
+    with serve("127.0.0.1:0") as running:
+        yield running
+
+
+@pytest.fixture
+def client(coordinator: Coordinator) -> Iterator[CoordinatorClient]:
+    with CoordinatorClient(coordinator.address) as running:
+        yield running
 
 
 def seed(url: str, instance: str = "seed", **changes: object) -> Life:

@@ -1,4 +1,4 @@
-"""What tests of the coordinator share: one in a process of its own, ranks in processes of their own, a network that fails."""
+"""What tests of the coordinator share: an offer, a coordinator in a process of its own, ranks likewise, a network that fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
+from peerload.coordinator.ballot import Round
 from peerload.deadline import Deadline
+from peerload.model.boxes import Box
+from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
+from peerload.model.layout import Layout, Piece, Pieces
+from peerload.model.offer import Binding, Endpoint, Offer, SourceId
+
+MODEL = ModelKey("org/llama", "r1")
+#: Rank 0 has voted, rank 1 of 2 has not.
+OPEN = {Round("target", 0): (1,)}
 
 #: A rank that takes part in the rounds of the group "target", and says what came of it.
 RANK = """
@@ -36,6 +47,28 @@ running = serve(*sys.argv[1:])
 print(running.address, flush=True)
 running.wait()
 """
+
+
+def layout(rank: int = 0, tp: int = 2) -> Layout:
+    catalog = Catalog.of([TensorSpec("w", "BF16", (8, 4)), TensorSpec("norm", "BF16", (4,))])
+    rows = 8 // tp
+    pieces = [
+        Piece(0, Box((rank * rows, 0), ((rank + 1) * rows, 4)), 0, 0, (8, 2)),
+        Piece(1, Box((0,), (4,)), 0, rows * 8, (2,)),
+    ]
+    return Layout(catalog, ("arena",), np.array([rows * 8 + 8]), Pieces.of(pieces, 2), parallel=Parallel(tp), rank=rank)
+
+
+def offer(instance: str = "seed", rank: int = 0, generation: str = "g1", tp: int = 2, endpoint: bytes = b"pid 1") -> Offer:
+    binding = Binding(
+        SourceId(instance, rank, generation),
+        np.array([4096]),
+        (Endpoint("local", endpoint),),
+        np.array([7, 9], np.uint64),
+        host="boot",
+        attributes={"engine": "transformers"},
+    )
+    return Offer(layout(rank, tp), binding)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from hypothesis import event, given, settings
@@ -57,12 +57,116 @@ def fitted(source: Tensor, shape: torch.Size) -> Tensor:
     return flat.repeat(shape.numel() // flat.numel() + 1)[: shape.numel()].reshape(shape)
 
 
+def part(m: Model, name: str) -> Tensor:
+    return m.holder[0] if name == "holder" else getattr(m, name).data
+
+
 def first_write(name: str, i: int) -> Step:
     def write(m: Model, pool: list[Tensor]) -> None:
-        whole = m.holder[0] if name == "holder" else getattr(m, name).data
+        whole = part(m, name)
         whole.copy_(fitted(pool[i], whole.shape))
 
     return write
+
+
+def view(draw: st.DrawFn, pool: list[Tensor], i: int, dim: int) -> Step:
+    """One more tensor that shares its memory, where torch can."""
+    index, how = cut(draw, pool[i].shape), draw(st.sampled_from(["index", "t", "flat", "split"]))
+    made: dict[str, Callable[[Tensor], Tensor]] = {
+        "index": lambda t: t[index],
+        "t": lambda t: t.transpose(0, dim),
+        "flat": lambda t: t.reshape(-1),
+        "split": lambda t: t.unflatten(dim, (2, -1)) if t.dim() < 4 else t,
+    }
+    return lambda m, pool: pool.append(made[how](pool[i]))
+
+
+def copied(draw: st.DrawFn, pool: list[Tensor], i: int, dim: int) -> Step:
+    """One more tensor with elements of others at other places."""
+    how = draw(st.sampled_from(["clone", "flip", "roll", "repeat", "pick", "cat", "stack", "pad", "every"]))
+    k, n = draw(st.integers(0, 5)), pool[i].shape[dim] if pool[i].dim() else 1
+    picked = draw(st.lists(st.integers(0, max(n - 1, 0)), min_size=1, max_size=6))
+    j = draw(st.sampled_from([j for j, t in enumerate(pool) if t.shape == pool[i].shape]))
+    made: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "clone": lambda t, _: t.contiguous().clone(),
+        "flip": lambda t, _: t.flip(dim),
+        "roll": lambda t, _: t.roll(k, dim),
+        "repeat": lambda t, _: t.repeat_interleave(2, dim=dim),
+        "pick": lambda t, _: t.index_select(dim, torch.tensor(picked, device="cpu")),
+        "cat": lambda t, other: torch.cat([t, other], dim),
+        "stack": lambda t, other: torch.stack([t, other], dim),
+        "pad": lambda t, _: nn.functional.pad(t, (k % 2, 1), value=k),
+        "every": lambda t, _: t.movedim(dim, 0)[::2].contiguous(),
+    }
+    return lambda m, pool: pool.append(made[how](pool[i], pool[j]))
+
+
+def cast(draw: st.DrawFn, i: int) -> Step:
+    dtype = draw(st.sampled_from(DTYPES))
+    return lambda m, pool: pool.append(pool[i].to(dtype))
+
+
+COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "add": lambda t: t + 1,
+    "exp": lambda t: t.float().exp(),
+    "where": lambda t: torch.where(t > 2, t, 0),
+    "max": lambda t: t.clamp(max=2),
+    "item": lambda t: torch.full_like(t, t.flatten()[0].item()),
+    "sum": lambda t: t.float().cumsum(-1),
+}
+
+
+def computed(draw: st.DrawFn, i: int) -> Step:
+    """One more tensor with values that are nowhere in the checkpoint."""
+    function = COMPUTED[draw(st.sampled_from(list(COMPUTED)))]
+    return lambda m, pool: pool.append(function(pool[i]))
+
+
+def written(draw: st.DrawFn, model: Model, i: int, hows: Sequence[str]) -> Step:
+    """A region of the model written: `fit` takes it from the pool, the others from elsewhere."""
+    name = draw(st.sampled_from(["p", "q", "r", "t", "holder"]))
+    region, value = cut(draw, part(model, name).shape), draw(st.sampled_from([0.0, 1.0, 2.5]))
+    how = draw(st.sampled_from(hows))
+
+    def write(m: Model, pool: list[Tensor]) -> None:
+        whole, source = part(m, name), pool[i]
+        into = whole[region]
+        if how == "fill":
+            into.fill_(value)
+        elif how == "zero":
+            into.zero_()
+        elif how == "add_":
+            into.add_(1)
+        elif how == "spare":
+            spare = torch.zeros(whole.shape, dtype=whole.dtype)
+            spare[region].fill_(value)
+            pool.append(spare)
+        elif how == "mix":
+            into.copy_(whole.flip(0)[region])
+        elif how == "item":
+            into.fill_(source.reshape(-1)[:1].reshape(()).item())
+        elif how == "data" and source.dtype == whole.dtype and source.shape == whole.shape and name != "holder":
+            setattr(m, name, nn.Parameter(source.clone(), requires_grad=False))
+        else:
+            into.copy_(fitted(source, into.shape))
+
+    return write
+
+
+def drawn(draw: st.DrawFn, model: Model, pool: list[Tensor]) -> Step:
+    i = draw(st.integers(0, len(pool) - 1))
+    kind = draw(st.sampled_from(("view", "copy", "cast", "compute", "write", "write", "write", "odd")))
+    dim = draw(st.integers(0, max(pool[i].dim() - 1, 0)))
+    if kind == "view":
+        return view(draw, pool, i, dim)
+    if kind == "copy":
+        return copied(draw, pool, i, dim)
+    if kind == "cast":
+        return cast(draw, i)
+    if kind == "compute":
+        return computed(draw, i)
+    usual, odd = ("fit", "fit", "fit", "fill", "zero"), ("add_", "mix", "item", "data", "spare")
+    return written(draw, model, i, usual if kind == "write" else odd)
 
 
 @st.composite
@@ -81,97 +185,7 @@ def loaders(draw: st.DrawFn) -> list[Step]:
     for name, i in draw(st.sampled_from([(), (("p", 0), ("q", 1)), (("p", 2), ("t", 0), ("r", 1), ("q", 3), ("holder", 4))])):
         take(first_write(name, i))
     for _ in range(draw(st.integers(1, 8))):
-        i = draw(st.integers(0, len(pool) - 1))
-        shape, kind = pool[i].shape, draw(st.sampled_from(("view", "copy", "cast", "compute", "write", "write", "write", "odd")))
-        dim = draw(st.integers(0, max(len(shape) - 1, 0)))
-        n = shape[dim] if shape else 1
-        if kind == "view":
-            index, how = cut(draw, shape), draw(st.sampled_from(["index", "t", "flat", "split"]))
-            take(
-                lambda m, pool, i=i, index=index, how=how, dim=dim: pool.append(
-                    pool[i][index]
-                    if how == "index"
-                    else pool[i].transpose(0, dim)
-                    if how == "t"
-                    else pool[i].reshape(-1)
-                    if how == "flat"
-                    else pool[i].unflatten(dim, (2, -1))
-                    if pool[i].dim() < 4
-                    else pool[i]
-                )
-            )
-        elif kind == "copy":
-            how, k = (
-                draw(st.sampled_from(["clone", "flip", "roll", "repeat", "pick", "cat", "stack", "pad", "every"])),
-                draw(st.integers(0, 5)),
-            )
-            picked = draw(st.lists(st.integers(0, max(n - 1, 0)), min_size=1, max_size=6))
-            same = [j for j, t in enumerate(pool) if t.shape == shape]
-            j = draw(st.sampled_from(same))
-            made: dict[str, Callable[[list[Tensor]], Tensor]] = {
-                "clone": lambda pool, i=i: pool[i].contiguous().clone(),
-                "flip": lambda pool, i=i, d=dim: pool[i].flip(d),
-                "roll": lambda pool, i=i, d=dim, k=k: pool[i].roll(k, d),
-                "repeat": lambda pool, i=i, d=dim: pool[i].repeat_interleave(2, dim=d),
-                "pick": lambda pool, i=i, d=dim, p=tuple(picked): pool[i].index_select(d, torch.tensor(p, device="cpu")),
-                "cat": lambda pool, i=i, j=j, d=dim: torch.cat([pool[i], pool[j]], d),
-                "stack": lambda pool, i=i, j=j, d=dim: torch.stack([pool[i], pool[j]], d),
-                "pad": lambda pool, i=i, k=k: nn.functional.pad(pool[i], (k % 2, 1), value=k),
-                "every": lambda pool, i=i, d=dim: pool[i].movedim(d, 0)[::2].contiguous(),
-            }
-            take(lambda m, pool, make=made[how]: pool.append(make(pool)))
-        elif kind == "cast":
-            dtype = draw(st.sampled_from(DTYPES))
-            take(lambda m, pool, i=i, dtype=dtype: pool.append(pool[i].to(dtype)))
-        elif kind == "compute":
-            how = draw(st.sampled_from(["add", "exp", "where", "max", "item", "sum"]))
-            computed: dict[str, Callable[[Tensor], Tensor]] = {
-                "add": lambda t: t + 1,
-                "exp": lambda t: t.float().exp(),
-                "where": lambda t: torch.where(t > 2, t, 0),
-                "max": lambda t: t.clamp(max=2),
-                "item": lambda t: torch.full_like(t, t.flatten()[0].item()),
-                "sum": lambda t: t.float().cumsum(-1),
-            }
-            take(lambda m, pool, i=i, f=computed[how]: pool.append(f(pool[i])))
-        else:
-            name = draw(st.sampled_from(["p", "q", "r", "t", "holder"]))
-            target = model.holder[0] if name == "holder" else getattr(model, name)
-            region, value = cut(draw, target.shape), draw(st.sampled_from([0.0, 1.0, 2.5]))
-            choices = ["fit", "fit", "fit", "fill", "zero"] if kind == "write" else ["add_", "mix", "item", "data", "spare"]
-            how = draw(st.sampled_from(choices))
-
-            def write(
-                m: Model,
-                pool: list[Tensor],
-                i: int = i,
-                name: str = name,
-                how: str = how,
-                region: tuple[slice, ...] = region,
-                value: float = value,
-            ) -> None:
-                whole = m.holder[0] if name == "holder" else getattr(m, name).data
-                into, source = whole[region], pool[i]
-                if how == "fill":
-                    into.fill_(value)
-                elif how == "zero":
-                    into.zero_()
-                elif how == "add_":
-                    into.add_(1)
-                elif how == "spare":
-                    spare = torch.zeros(whole.shape, dtype=whole.dtype)
-                    spare[region].fill_(value)
-                    pool.append(spare)
-                elif how == "mix":
-                    into.copy_(whole.flip(0)[region])
-                elif how == "item":
-                    into.fill_(source.reshape(-1)[:1].reshape(()).item())
-                elif how == "data" and source.dtype == whole.dtype and source.shape == whole.shape and name != "holder":
-                    setattr(m, name, nn.Parameter(source.clone(), requires_grad=False))
-                else:
-                    into.copy_(fitted(source, into.shape))
-
-            take(write)
+        take(drawn(draw, model, pool))
     return steps
 
 

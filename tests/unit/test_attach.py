@@ -32,6 +32,7 @@ from peerload.model.offer import Binding, Endpoint, Offer, SourceId
 from peerload.planning.batch import Batch
 from peerload.testing.instances import Life, SeedProcess, TargetProcess, content, differences, load_ranks
 from peerload.testing.layouts import layout, llama
+from peerload.testing.processes import ChildDied
 from peerload.testing.source_process import SourceProcess
 from peerload.testing.source_process import content as known
 from peerload.testing.transport_conformance import strided
@@ -168,11 +169,12 @@ def test_what_is_written_into_attached_pages_stays_here(reader: LocalTransport) 
 
 @pytest.mark.parametrize("memory", ["memfd", "huge", "plain"])
 def test_memory_that_may_still_change_is_never_mapped(reader: LocalTransport, memory: str) -> None:
-    try:
-        source = SourceProcess("local", [4 * MIB], memory=memory).__enter__()
-    except RuntimeError:
-        pytest.skip("this kernel can't collapse pages")
-    with source, Arena(4 * MIB) as arena:
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(SourceProcess("local", [4 * MIB], memory=memory))
+        except ChildDied:
+            pytest.skip("this kernel can't collapse pages")
+        arena = stack.enter_context(Arena(4 * MIB))
         here = arena.allocate(4 * MIB, 64)
         reader.register([arena.region()])
         peer = reader.connect(source.description, "source", SOON)

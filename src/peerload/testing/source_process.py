@@ -3,21 +3,16 @@
     with SourceProcess("local", [1 << 20, 100], memory="plain") as source:
         peer = transport.connect(source.description, "source")
 
-Run as a module it is that process: it answers on descriptor 1 (anything else printed goes to standard error), one JSON
-document a line, and ends when standard input does.
+What each of its buffers holds is said by `content`.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
-from types import TracebackType
-from typing import IO
+from contextlib import closing
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +23,14 @@ from ..memory.arena import Arena, copy
 from ..memory.placing import Placed, placed, regions_for
 from ..memory.region import Region
 from ..planning.batch import Batch
-from ..transport.base import Transport
 from ..transport.registry import open_transport
 from .gpu import DeviceArena
+from .processes import Child, orders
 
 Bytes = npt.NDArray[np.uint8]
+
+#: What lies between two buffers of one allocation, at least.
+_GAP: Final = 64
 
 
 def content(index: int, nbytes: int) -> Bytes:
@@ -40,151 +38,129 @@ def content(index: int, nbytes: int) -> Bytes:
     return np.random.default_rng(index).integers(0, 256, nbytes, np.uint8)
 
 
-class SourceProcess:
-    """Buffers of `nbytes` each, registered with `transport` under the strategy `registration`.
+class SourceProcess(Child):
+    """Buffers of `nbytes` each, registered with `transport` under the strategy `registration`. `description` and `address`
+    (one for each buffer) say where they are.
 
     memory: "memfd" puts them into an arena, "frozen" into one that is frozen, "huge" into one of huge pages, "plain" into
     private memory; "cuda:N" into memory of that GPU, "torch cuda:N" lets PyTorch allocate each as a tensor there. There is one
     allocation for every two buffers, or a single one for the strategy that wants one.
-    random: False fills with zeros,
-    which is quicker."""
+    random: False fills with zeros, which is quicker."""
 
     def __init__(
         self, transport: str, nbytes: Sequence[int], *, memory: str = "memfd", registration: str = "arena", random: bool = True
     ) -> None:
-        self._order = {
-            "transport": transport,
-            "nbytes": list(nbytes),
-            "memory": memory,
-            "registration": registration,
-            "random": random,
-        }
         self.nbytes = list(nbytes)
+        buffers = _Buffers(memory, registration, random)
+        super().__init__(f"{__name__}:_serve", transport, self.nbytes, buffers, name=f"the source process of {transport}")
 
-    def __enter__(self) -> SourceProcess:
-        command = [sys.executable, "-m", __name__, json.dumps(self._order)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._hear()
+    def __enter__(self) -> Self:
+        self._told(self.begun())
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        self._process.wait(20)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def register_more(self, nbytes: int) -> int:
         """Have one more buffer made and registered; returns its index. `description` and `address` are new then."""
-        self._say(f"more {nbytes}")
+        self._told(self.ask(nbytes))
         self.nbytes.append(nbytes)
         return len(self.nbytes) - 1
 
     def close_transport(self) -> None:
         """Have it withdraw its memory and live on."""
-        self._say("close")
+        self._told(self.ask("close"))
 
-    def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(20)
-
-    def _say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line.encode() + b"\n")
-        self._process.stdin.flush()
-        self._hear()
-
-    def _hear(self) -> None:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the source process ended with {self._process.wait(20)}; its standard error says why")
-        told = json.loads(line)
-        self.description: bytes = base64.b64decode(told["description"])
-        self.address: list[int] = told["address"]
+    def _told(self, answer: tuple[bytes, list[int]]) -> None:
+        self.description, self.address = answer
 
 
-def _serve(order: str, orders: IO[str], answers: IO[str]) -> None:
-    told = json.loads(order)
-    gpu = "cuda" in told["memory"]
-    transport = open_transport(told["transport"], Config(threads=1, interface="lo"), told["memory"].split()[-1] if gpu else "cpu")
-    buffers: list[Placed] = []
-    kept: list[object] = []
-    joint = told["registration"] == "arena"
+def _serve(transport: str, nbytes: Sequence[int], buffers: _Buffers, link: Connection) -> None:
+    """An order is the size of one more buffer, or "close"."""
+    with closing(open_transport(transport, Config(threads=1, interface="lo"), buffers.device)) as opened:
+        at_once = len(nbytes) if buffers.registration == "arena" else 2
+        for i in range(0, len(nbytes), max(at_once, 1)):
+            opened.register(buffers.make(nbytes[i : i + at_once]))
+        link.send((opened.describe(), buffers.address))
+        for order in orders(link):
+            if order == "close":
+                opened.close()
+                link.send((b"", buffers.address))
+            else:
+                opened.register(buffers.make([order]))
+                link.send((opened.describe(), buffers.address))
 
-    def make_on_gpu(sizes: list[int]) -> None:
-        if told["memory"].startswith("torch"):
-            import torch
 
-            for n in sizes:
-                tensor = torch.from_numpy(content(len(buffers), n)).to(told["memory"].split()[-1])
-                kept.append(tensor)
-                buffers.append(placed(tensor))
+@dataclass(slots=True)
+class _Buffers:
+    """Buffers in memory of a kind, filled. They live as long as this object."""
+
+    memory: str
+    registration: str
+    random: bool
+    _made: list[Placed] = field(default_factory=list)
+    _kept: list[object] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        return self.memory.split()[-1] if "cuda" in self.memory else "cpu"
+
+    @property
+    def address(self) -> list[int]:
+        return [buffer.address for buffer in self._made]
+
+    def make(self, sizes: Sequence[int]) -> list[Region]:
+        """Allocate and fill one more buffer of each size; returns what to register for them."""
+        if self.memory.startswith("torch"):
+            made = self._tensors(sizes)
+        elif self.device != "cpu":
+            made = self._on_device(sizes)
         else:
-            arena = DeviceArena(told["memory"], sum(n + 64 for n in sizes))
-            kept.append(arena)
-            for n in sizes:
-                address = arena.allocate(n)
-                arena.write(address, content(len(buffers), n).tobytes())
-                buffers.append(Placed(address, n, arena.region()))
-        transport.register(regions_for(buffers[-len(sizes) :], told["registration"]))
+            made = self._plain(sizes) if self.memory == "plain" else self._in_arena(sizes)
+        self._made += made
+        return regions_for(made, self.registration)
 
-    def make(sizes: list[int]) -> None:
-        if gpu:
-            make_on_gpu(sizes)
-            return
-        room = sum(n + 64 for n in sizes)
-        arena = Arena(max(room, Arena.room(sizes)))
-        if told["memory"] in ("memfd", "frozen", "huge"):
-            kept.append(arena)
-            address = [arena.place(n) if told["memory"] == "frozen" else arena.allocate(n) for n in sizes]
-            block = arena.region()
-        else:
-            array = np.zeros(room, np.uint8)
-            kept.append(array)
-            ends = np.cumsum([n + 64 for n in sizes])
-            address = [int(array.ctypes.data + end - n - 64) for n, end in zip(sizes, ends, strict=True)]
-            block = Region(array.ctypes.data, room)
-        for a, n in zip(address, sizes, strict=True):
-            _fill(a, content(len(buffers), n) if told["random"] else np.zeros(n, np.uint8))
-            buffers.append(Placed(a, n, block))
-        if told["memory"] == "frozen" and not arena.freeze():
+    def _content(self, i: int, nbytes: int) -> Bytes:
+        """Of the `i`-th buffer that is made now."""
+        return content(len(self._made) + i, nbytes) if self.random else np.zeros(nbytes, np.uint8)
+
+    def _tensors(self, sizes: Sequence[int]) -> list[Placed]:
+        import torch
+
+        tensors = [torch.from_numpy(self._content(i, n)).to(self.device) for i, n in enumerate(sizes)]
+        self._kept.append(tensors)
+        return [placed(tensor) for tensor in tensors]
+
+    def _on_device(self, sizes: Sequence[int]) -> list[Placed]:
+        arena = DeviceArena(self.device, sum(n + _GAP for n in sizes))
+        self._kept.append(arena)
+        address = [arena.allocate(n) for n in sizes]
+        for i, (a, n) in enumerate(zip(address, sizes, strict=True)):
+            arena.write(a, self._content(i, n).tobytes())
+        return [Placed(a, n, arena.region()) for a, n in zip(address, sizes, strict=True)]
+
+    def _in_arena(self, sizes: Sequence[int]) -> list[Placed]:
+        arena = Arena(max(sum(n + _GAP for n in sizes), Arena.room(sizes)))
+        self._kept.append(arena)
+        address = [arena.place(n) if self.memory == "frozen" else arena.allocate(n) for n in sizes]
+        made = self._filled(address, sizes, arena.region())
+        if self.memory == "frozen" and not arena.freeze():
             raise HostError("the kernel refuses to freeze an arena")
-        if told["memory"] == "huge" and not arena.collapse():
+        if self.memory == "huge" and not arena.collapse():
             raise HostError("no huge pages")
-        transport.register(regions_for(buffers[-len(sizes) :], told["registration"]))
+        return made
 
-    def answer(transport: Transport | None) -> None:
-        description = transport.describe() if transport is not None else b""
-        told = {"description": base64.b64encode(description).decode(), "address": [b.address for b in buffers]}
-        answers.write(json.dumps(told) + "\n")
-        answers.flush()
+    def _plain(self, sizes: Sequence[int]) -> list[Placed]:
+        block = np.zeros(sum(n + _GAP for n in sizes), np.uint8)
+        self._kept.append(block)
+        ends = np.cumsum([n + _GAP for n in sizes])
+        address = [int(block.ctypes.data + end - n - _GAP) for n, end in zip(sizes, ends, strict=True)]
+        return self._filled(address, sizes, Region(block.ctypes.data, block.size))
 
-    sizes = told["nbytes"]
-    for i in range(0, len(sizes), len(sizes) if joint else 2):
-        make(sizes[i:] if joint else sizes[i : i + 2])
-    answer(transport)
-    for line in orders:
-        verb, *rest = line.split()
-        if verb == "more":
-            make([int(rest[0])])
-        else:
-            transport.close()
-        answer(transport if verb == "more" else None)
-    transport.close()
+    def _filled(self, address: Sequence[int], sizes: Sequence[int], region: Region) -> list[Placed]:
+        for i, (a, n) in enumerate(zip(address, sizes, strict=True)):
+            _fill(a, self._content(i, n))
+        return [Placed(a, n, region) for a, n in zip(address, sizes, strict=True)]
 
 
 def _fill(address: int, data: Bytes) -> None:
     if data.size:
         one = np.ones(1, np.int64)
         copy(Batch.of_runs(one * data.ctypes.data, one * address, one * data.size))
-
-
-if __name__ == "__main__":
-    spoken = os.dup(1)
-    os.dup2(2, 1)
-    with os.fdopen(spoken, "w") as answers:
-        _serve(sys.argv[1], sys.stdin, answers)
