@@ -1,8 +1,9 @@
 """Write `docs/engines.md` from runs of the tests: which model, in which dtype, in which engine, was shown to do what.
 
-    python tools/generate_engines_docs.py RUN.xml [...] [RUN.jsonl ...]
+    python tools/generate_engines_docs.py [RUN.xml ...] [RUN.jsonl ...]
 
-RUN.xml: `pytest --junitxml` of tests/engines, whose tests record a `cell` each. RUN.jsonl: lines of `tests/gpu/vllm_matrix.py`.
+Without runs it writes the table of tested versions only. RUN.xml: `pytest --junitxml` of tests/engines, whose tests record a
+`cell` each. RUN.jsonl: lines of `tests/gpu/vllm_matrix.py`.
 Text above the first table is the document's own and kept.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from peerload.engines.versions import TESTED
 from peerload.testing.families import FAMILIES
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "engines.md"
@@ -116,23 +118,30 @@ def result_of(row: dict[str, object]) -> str:
     sources = row["sources"]
     assert isinstance(sources, list)
     disk = [size for size, source in sources if str(source).startswith("disk:")]
-    return f": opaque after post-processing, {disk[0]} from disk" if disk else ""
+    return f": computed by post-processing, {disk[0]} from disk" if disk else ""
+
+
+def versions() -> str:
+    rows = [f"| {ENGINES[engine]} | {t.version} | {t.how} |\n" for engine, releases in TESTED.items() for t in releases]
+    return "\n## Tested versions\n\n| engine | version | what was run |\n|---|---|---|\n" + "".join(rows)
 
 
 def main() -> int:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, _, tables = document.partition(MARK)
     if len(sys.argv) < 2:
-        sys.stdout.write(str(__doc__))
-        return 2
+        tables = tables[tables.index("\n## vLLM\n") :]
+        DOCUMENT.write_text(before + MARK + versions() + tables, encoding="utf-8")
+        return 0
     table = collect(map(Path, sys.argv[1:]))
     order = {(f.architecture, f.quantization): i for i, f in enumerate(FAMILIES.values())}
-    text = MARK
+    text = MARK + versions()
     for engine, title in ENGINES.items():
         rows = sorted((k for k in table if k[0] == engine), key=lambda k: order.get((k[1], k[2]), len(order)))
         if rows:
             text += f"\n## {title}\n\n| family | dtype | same TP | mixed TP |\n|---|---|---|---|\n"
             for key in rows:
                 text += f"| {key[1]} | {key[2]} | {table[key].text('same TP')} | {table[key].text('mixed TP')} |\n"
-    before = DOCUMENT.read_text(encoding="utf-8").partition(MARK)[0]
     DOCUMENT.write_text(before + text, encoding="utf-8")
     sys.stdout.write(f"{len(table)} cells\n")
     return 0

@@ -26,6 +26,7 @@ although names and reasons in them may be a peer's words.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Final, NamedTuple
 
 #: Control characters but for tab and newline, what changes the direction of text, other line ends, lone surrogates.
@@ -35,6 +36,17 @@ _UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f
 def printable(text: str) -> str:
     """The text, in which what a terminal or a log may take for a command stands as its number in hexadecimal."""
     return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\x80" else f"\\u{ord(found[0]):04x}", text)
+
+
+def listed(rows: Sequence[object]) -> str:
+    """The first ten, a line each, for a message; how many more there are."""
+    more = f"\n  ... and {len(rows) - 10} more" if len(rows) > 10 else ""
+    return "\n".join(f"  {row}" for row in rows[:10]) + more
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in words for another process or a log line."""
+    return error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
 
 
 class Hole(NamedTuple):

@@ -6,7 +6,6 @@ Pure: standard library only.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -99,10 +98,6 @@ class Receipt:
         fields["transfer_gb_per_s"] = round(self.transfer_gb_per_s, 3)
         fields["overhead"] = round(self.overhead, 6)
         return fields
-
-    def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())

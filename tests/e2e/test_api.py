@@ -18,7 +18,7 @@ import peerload
 from peerload.coordinator.client import CoordinatorClient
 from peerload.engines.checkpoint import Checkpoint
 from peerload.errors import ConfigError
-from peerload.testing.models import Spec, check, fail, halved, lack, load, offer, results, running, spoil
+from peerload.testing.models import RankProcesses, Spec, check, fail, halved, jam, lack, load, offer, results, spoil
 
 pytestmark = pytest.mark.e2e
 
@@ -54,11 +54,11 @@ def published(models: Path, family: str) -> Path:
 def test_tensor_parallel_seed(url: str, models: Path) -> None:
     """A TP2 instance feeds one that isn't split, one of TP2, and a trainer's ranks; tokens included."""
     spec = Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config={"url": url, "fallback": "fail"})
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         assert "model.norm.weight" in seed.hear()[0]
         targets = [spec, replace(spec, how="plain", size=1), replace(spec, how="fsdp")]
         with ExitStack() as stack:
-            for target in [stack.enter_context(running(load, target)) for target in targets]:
+            for target in [stack.enter_context(RankProcesses(load, target)) for target in targets]:
                 check(target.hear())
 
 
@@ -67,10 +67,10 @@ def test_experts(url: str, models: Path) -> None:
     """Stacked experts, cut by tensor and by expert parallelism, out of a whole model and back."""
     directory, config = checkpoint(models, "qwen3_moe"), {"url": url, "fallback": "fail"}
     whole = Spec(directory=directory, config=config)
-    with running(offer, whole) as seed:
+    with RankProcesses(offer, whole) as seed:
         seed.hear()
         check(results(load, replace(whole, how="tp", size=2)))
-    with running(offer, replace(whole, how="ep", size=2)) as seed:
+    with RankProcesses(offer, replace(whole, how="ep", size=2)) as seed:
         seed.hear()
         check(results(load, whole))
 
@@ -79,7 +79,7 @@ def test_experts(url: str, models: Path) -> None:
 def test_more_experts(url: str, models: Path, family: str) -> None:
     """Experts stored one by one, or stacked already; a router's bias that the engine keeps in another dtype."""
     spec = Spec(directory=published(models, family), config={"url": url, "fallback": "fail"})
-    with running(offer, replace(spec, how="tp", size=2)) as seed:
+    with RankProcesses(offer, replace(spec, how="tp", size=2)) as seed:
         seed.hear()
         check(results(load, spec))
 
@@ -90,7 +90,7 @@ def test_a_trainer_feeds_inference(url: str, models: Path) -> None:
     directory = checkpoint(models, "qwen3_moe", tie_word_embeddings=True)
     config = {"url": url, "fallback": "fail", "revision": "run-1"}
     target = Spec(directory=directory, config=config)
-    with running(offer, replace(target, how="fsdp", size=2, dtype="float32")) as trainer:
+    with RankProcesses(offer, replace(target, how="fsdp", size=2, dtype="float32")) as trainer:
         names, _ = trainer.hear()
         assert "model.layers.0.mlp.experts.gate_up_proj" in names
         check(results(load, target))
@@ -108,7 +108,7 @@ def test_a_trainer_feeds_inference(url: str, models: Path) -> None:
 def test_a_trainer_of_two_dimensions(url: str, models: Path) -> None:
     """FSDP over tensor parallelism: parts of parts."""
     spec = Spec(directory=checkpoint(models, "llama"), config={"url": url, "fallback": "fail", "revision": "run-2"})
-    with running(offer, replace(spec, how="fsdp+tp", size=4)) as trainer:
+    with RankProcesses(offer, replace(spec, how="fsdp+tp", size=4)) as trainer:
         trainer.hear()
         check(results(load, spec))
 
@@ -117,10 +117,10 @@ def test_a_trainer_of_two_dimensions(url: str, models: Path) -> None:
 def test_fp8(url: str, models: Path, family: str) -> None:
     """Block-quantized weights and their scales, kept as the checkpoint has them, from TP2 to one and back."""
     spec = Spec(directory=published(models, family), config={"url": url, "fallback": "fail"}, keep=True)
-    with running(offer, replace(spec, how="tp", size=2)) as seed:
+    with RankProcesses(offer, replace(spec, how="tp", size=2)) as seed:
         assert any(name.endswith("scale_inv") for name in seed.hear()[0])
         check(results(load, spec))
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
 
@@ -190,6 +190,15 @@ def test_if_one_ranks_weights_differ_no_rank_is_a_seed(url: str, models: Path) -
     assert "on rank 1" in second[1]
 
 
+def test_if_one_rank_cannot_begin_a_change_no_rank_waits_for_it(url: str, models: Path) -> None:
+    config = {"url": url, "revision": "jammed"}
+    first, second = results(jam, Spec(directory=checkpoint(models, "llama"), how="tp", size=2, config=config))
+    assert first[0] == "CommitError"
+    assert f"rank 1 gave up, so rank 0 does: {second[0]}" in first[1]
+    assert second[0]
+    assert "llama@jammed" not in offered(url)
+
+
 def test_without_a_checkpoint_weights_need_a_revision(url: str, models: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -206,7 +215,7 @@ def test_a_copy_in_another_directory_is_the_same_model(url: str, models: Path, t
     again = tmp_path / "again"
     shutil.copytree(checkpoint(models, "llama"), again)
     config = {"url": url, "fallback": "fail"}
-    with running(offer, Spec(directory=checkpoint(models, "llama"), config=config)) as seed:
+    with RankProcesses(offer, Spec(directory=checkpoint(models, "llama"), config=config)) as seed:
         seed.hear()
         check(results(load, Spec(directory=again, config=config)))
 
@@ -214,7 +223,7 @@ def test_a_copy_in_another_directory_is_the_same_model(url: str, models: Path, t
 def test_a_process_that_may_not_be_a_source(url: str, models: Path) -> None:
     """Its block runs, and nobody finds it."""
     spec = Spec(directory=checkpoint(models, "llama"), config={"url": url, "revision": "secret", "source": False})
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         seed.hear()
         seed.ask("halve")
         check(results(load, spec), disk=True)

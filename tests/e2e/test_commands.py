@@ -26,7 +26,7 @@ from safetensors import safe_open  # noqa: E402
 from peerload import bench  # noqa: E402
 from peerload.cli import COMMANDS  # noqa: E402
 from peerload.config import KEYS  # noqa: E402
-from peerload.coordinator.client import CoordinatorClient, Lease  # noqa: E402
+from peerload.coordinator.client import CoordinatorClient, Granted  # noqa: E402
 from peerload.model.catalog import ModelKey  # noqa: E402
 from peerload.model.offer import Endpoint, SourceId  # noqa: E402
 from peerload.testing.checkpoints import make_checkpoint  # noqa: E402
@@ -419,7 +419,7 @@ def test_the_same_files_from_a_peer(world: World, checkpoint: Path, tmp_path: Pa
             assert outcome.status == outcome.document["exit_code"] == 2, outcome.err
             assert f"what the seeds of {model} publish can't be used: " in outcome.document["message"]
             assert problem in outcome.document["message"]
-            client.withdraw(Lease(evil.source, 30.0))
+            client.withdraw(Granted(evil.source, 30.0))
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -115,6 +115,15 @@ def test_files_travel_with_the_announcement(client: CoordinatorClient) -> None:
     assert client.discover_files(MODEL) == {"config.json": b'{"a": 1}', "tokenizer.json": b""}
 
 
+def test_files_are_those_that_most_instances_announce(client: CoordinatorClient) -> None:
+    """Whatever the first says, and however many ranks it has."""
+    for rank in range(4):
+        client.announce(offer("a", rank, tp=4), MODEL, files={"config.json": b"odd"})
+    for instance in ("b", "c"):
+        client.announce(offer(instance), MODEL, files={"config.json": b"{}"})
+    assert client.discover_files(MODEL) == {"config.json": b"{}"}
+
+
 def test_status_says_who_holds_what(client: CoordinatorClient) -> None:
     client.announce(offer("a", 1), MODEL, ttl_s=60)
     status = client.status()

@@ -166,7 +166,7 @@ def test_people_see_regions_and_a_summary(tmp_path: Path, capsys: pytest.Capture
         "2",
     ]
     assert "tied: lm_head.weight is model.embed_tokens.weight" in told
-    assert "pieces, 0 constants, 0 opaque; derived in" in told
+    assert "pieces, 0 constants; derived in" in told
     assert "trace == probe on 20 of 20 parameters" in told
 
 

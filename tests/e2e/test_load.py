@@ -16,6 +16,7 @@ from peerload.coordinator.client import CoordinatorClient
 from peerload.engines.bare import BareRank
 from peerload.errors import PlanError
 from peerload.job import exchange
+from peerload.job.rank import Member, kept_open
 from peerload.job.seed import Seed
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.testing.instances import CONFIG, SeedProcess, load_ranks, on_disk
@@ -126,9 +127,9 @@ class TestSize:
         with closing(bare.arena), closing(LocalTransport(2)) as local, CoordinatorClient(url) as client:
             view = np.frombuffer(bare.arena.view(bare.arena.address + 4096, bare.arena.used_nbytes - 4096), np.uint8)
             view[:] = np.random.default_rng(0).integers(0, 256, view.size, np.uint8)
-            local.register(bare.regions("arena"))
+            local.register([bare.arena.region()])
             key = ModelKey("synthetic", "large")
-            with Seed(key, made, bare.address, coordinator=client, transports={"local": local}, instance="seed", threads=2):
+            with Seed(bare.rank(key, Member("seed"), CONFIG, client, kept_open({"local": local}))):
                 command = [sys.executable, "-c", MEASURE, url, str(staging_nbytes)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
         told = json.loads(done.stdout)
@@ -150,7 +151,8 @@ from pathlib import Path
 from peerload.job import exchange
 from peerload.engines.bare import BareRank
 from peerload.config import Config
-from peerload.job.load import Job, Member, load
+from peerload.job.load import Job, load
+from peerload.job.rank import Member, kept_open
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layout, llama
@@ -167,8 +169,9 @@ with closing(LocalTransport(2)) as local, CoordinatorClient(sys.argv[1]) as clie
     client.status()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    receipt = load(Job(ModelKey("synthetic", "large"), bare.layout, bare.address, bare.regions("arena"), Member("target"),
-                       {"local": local}, Config(fallback="fail", staging_bytes=staging), coordinator=client))
+    config = Config(fallback="fail", staging_bytes=staging)
+    rank = bare.rank(ModelKey("synthetic", "large"), Member("target"), config, client, kept_open({"local": local}))
+    receipt = load(Job(rank))
     print(json.dumps({"peak": status("VmHWM") - before, "needed": receipt.needed_nbytes, "verified": receipt.verified_nbytes,
                       "staging": receipt.staging_nbytes}))
 """

@@ -20,9 +20,11 @@ from conftest import MODEL, NAME, Slow, coordinator_process, faulty, good, only,
 from peerload.coordinator.client import CoordinatorClient
 from peerload.deadline import Deadline
 from peerload.engines.bare import BareRank
-from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded
+from peerload.errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, HostError, PeerloadError, PlanError
 from peerload.integrity.claims import Measured
-from peerload.job.load import Job, Member, load
+from peerload.job.exchange import Group
+from peerload.job.load import Job, load
+from peerload.job.rank import Member, Rank, kept_open
 from peerload.job.seed import Seed
 from peerload.model.boxes import Box, IntArray
 from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
@@ -31,7 +33,6 @@ from peerload.testing.instances import CONFIG, SeedProcess, TargetProcess, conte
 from peerload.testing.layouts import layout
 from peerload.transport.faulty import Faults
 from peerload.transport.local import LocalTransport
-from peerload.transport.registry import opened_transports
 
 pytestmark = pytest.mark.e2e
 
@@ -46,6 +47,48 @@ class TestAllOrNone:
         assert isinstance(result.error, DeadlineExceeded), result.error
         assert "rank 1 of 2 did not vote in time" in str(result.error)
         assert 3.5 < time.monotonic() - begun_s < 8
+
+    @pytest.mark.parametrize(("device", "transport", "kind"), [("abacus:0", "", HostError), ("cpu", "cuda_ipc", ConfigError)])
+    def test_a_rank_that_cannot_open_what_it_needs_tells_the_others(
+        self, url: str, device: str, transport: str, kind: type[PeerloadError]
+    ) -> None:
+        """Its device, or its transports."""
+
+        heard = []
+        with SeedProcess(seed(url, "a")), CoordinatorClient(url) as client:
+
+            def one(number: int) -> None:
+                bare = BareRank.of(layout(MODEL, Parallel(tp=2), number))
+                rank = bare.rank(ModelKey(NAME[-1], MODEL.name), Member("target", number, 2, device), CONFIG, client)
+                if number == 1:
+                    changed = {"config": CONFIG.replace(transport=transport)} if transport else {"opening": kept_open({})}
+                    rank = replace(rank, device=device, **changed)
+                with closing(bare.arena), pytest.raises(PeerloadError) as caught:
+                    load(Job(rank))
+                heard.append((number, caught.value))
+
+            begun_s = time.monotonic()
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(one, range(2)))
+        (_, first), (_, second) = sorted(heard, key=lambda item: item[0])
+        assert isinstance(second, kind), second
+        assert isinstance(first, CommitError), first
+        assert f"rank 1 aborted: {second.message}" in first.message
+        assert time.monotonic() - begun_s < 15
+
+    def test_a_rank_that_fails_while_the_coordinator_is_away_tells_the_others_when_it_is_back(self) -> None:
+        with coordinator_process() as (process, url), CoordinatorClient(url) as mine, CoordinatorClient(url) as other:
+            deadline = Deadline.after(40)
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(Group("i/1", 1, 2, other, deadline).tell, b"")
+                while not mine.status().open_rounds:
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGSTOP)
+                threading.Timer(5.0, lambda: process.send_signal(signal.SIGCONT)).start()
+                Group("i/1", 0, 2, mine, deadline).abort(PlanError("nobody has it"))
+                error = waiting.exception(timeout=20)
+        assert isinstance(error, CommitError), error
+        assert "nobody has it" in str(error)
 
     def test_a_rank_that_fails_tells_the_others_at_once(self, url: str) -> None:
         with SeedProcess(seed(url, "a")):
@@ -151,7 +194,7 @@ def holder(stack: ExitStack, made: Layout) -> tuple[IntArray, LocalTransport]:
     for name, address, nbytes in zip(made.buffer_names, bare.address.tolist(), made.buffer_nbytes.tolist(), strict=True):
         bare.arena.write(address, must[name][:nbytes].tobytes())
     local = stack.enter_context(closing(LocalTransport(1)))
-    local.register(bare.regions("arena"))
+    local.register([bare.arena.region()])
     return bare.address, local
 
 
@@ -161,7 +204,8 @@ import time
 from contextlib import closing
 from peerload.engines.bare import BareRank
 from peerload.config import Config
-from peerload.job.load import Job, Member, load
+from peerload.job.load import Job, load
+from peerload.job.rank import Member, kept_open
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layout, llama
@@ -175,8 +219,8 @@ with closing(Faulty(LocalTransport(1), Faults(delay_s=0.5))) as local, Coordinat
     print("begun", flush=True)
     begun = time.monotonic()
     try:
-        load(Job(ModelKey("{name}", "small"), bare.layout, bare.address, bare.regions("arena"), Member("target", 1, 2, "two"),
-                 {{"local": local}}, Config(fallback="fail", deadline_s=30.0), coordinator=client))
+        load(Job(bare.rank(ModelKey("{name}", "small"), Member("target", 1, 2, "two"),
+                           Config(fallback="fail", deadline_s=30.0), client, kept_open({{"local": local}}))))
     except KeyboardInterrupt as error:
         print("KeyboardInterrupt", time.monotonic() - begun, flush=True)
 """
@@ -262,24 +306,12 @@ class TestWaiting:
             address, local = holder(stack, whole)
             key = ModelKey(NAME[-1], MODEL.name)
             stack.enter_context(
-                Seed(key, kept, address, coordinator=client, transports={"local": local}, instance="a", threads=1)
+                Seed(Rank(key, kept, address, [], Member("a"), CONFIG, client, opening=kept_open({"local": local})))
             )
             here = BareRank.of(wanted)
             stack.callback(here.arena.close)
-            transports = stack.enter_context(opened_transports(config))
-            job = Job(
-                key,
-                wanted,
-                here.address,
-                here.regions("arena"),
-                Member("target"),
-                transports,
-                config,
-                coordinator=client,
-                reserve=[on_disk(MODEL, tmp_path)],
-                derives=True,
-            )
-            receipt = load(job)
+            rank = here.rank(key, Member("target"), config, client)
+            receipt = load(Job(rank, [on_disk(MODEL, tmp_path)], derives=True))
         assert receipt.wall_s < 20
         assert receipt.left == ("A by test 1 tp1",)
         assert set(receipt.sources) == {"a/rank 0", f"{tmp_path}/rank 0"}

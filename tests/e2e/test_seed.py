@@ -19,11 +19,11 @@ import pytest
 from conftest import coordinator_process
 
 from peerload.config import Config
-from peerload.coordinator.client import CoordinatorClient, Lease
+from peerload.coordinator.client import CoordinatorClient, Granted
 from peerload.coordinator.server import Coordinator, serve
 from peerload.engines.bare import BareRank, bare_ranks
-from peerload.errors import CommitError, CoordinatorError, HostError, LeaseSuperseded, PlanError, VerifyError
-from peerload.job.load import Member
+from peerload.errors import CommitError, CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, PlanError, VerifyError
+from peerload.job.rank import Member, Rank, kept_open
 from peerload.job.seed import Seed
 from peerload.memory.space import HOST, Fence, Host, digest_layout
 from peerload.model.catalog import ModelKey, Parallel
@@ -62,22 +62,16 @@ def rank() -> Iterator[BareRank]:
 @pytest.fixture
 def local(rank: BareRank) -> Iterator[LocalTransport]:
     with closing(LocalTransport(1)) as transport:
-        transport.register(rank.regions("arena"))
+        transport.register([rank.arena.region()])
         yield transport
 
 
-def make(client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0, **more: Any) -> Seed:
-    return Seed(
-        KEY,
-        rank.layout,
-        rank.address,
-        coordinator=client,
-        transports={"local": local},
-        instance="seed",
-        threads=1,
-        ttl_s=ttl_s,
-        **more,
-    )
+def make(
+    client: CoordinatorClient, rank: BareRank, local: LocalTransport, ttl_s: float = 1.0, kind: type[Rank] = Rank, **more: Any
+) -> Seed:
+    """Without the arena: its memory is never frozen."""
+    here = kind(KEY, rank.layout, rank.address, [], Member("seed"), CONFIG, client, opening=kept_open({"local": local}))
+    return Seed(here, ttl_s=ttl_s, **more)
 
 
 def descriptors() -> set[str]:
@@ -111,7 +105,7 @@ class TestLeases:
         self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
     ) -> None:
         with make(client, rank, local) as seed:
-            client.withdraw(Lease(seed.offer.source, 1.0))
+            client.withdraw(Granted(seed.offer.source, 1.0))
             assert client.discover(KEY) == []
             time.sleep(0.8)
             assert [o.source for o in client.discover(KEY)] == [seed.offer.source]
@@ -175,7 +169,7 @@ class TestLeases:
         self, client: CoordinatorClient, rank: BareRank, local: LocalTransport
     ) -> None:
         """As a GPU's driver may, in the end."""
-        seed = make(client, rank, local, space=BrokenFences())
+        seed = make(client, rank, local, kind=Disordered)
         with pytest.raises(HostError, match="out of order"), seed:
             pass
         assert client.status().holdings == ()
@@ -197,17 +191,20 @@ class TestChainOfCustody:
             for rank, receipt in ranks:
                 assert len(receipt.digests) == len(rank.layout.pieces)
                 rank.arena.view(int(rank.address[0]), 1)[0] ^= 1
-                local.register(rank.regions("arena"))
+                local.register([rank.arena.region()])
             for rank, receipt in ranks:
                 stack.enter_context(
                     Seed(
-                        KEY,
-                        rank.layout,
-                        rank.address,
-                        coordinator=client,
-                        transports={"local": local},
-                        instance="b",
-                        threads=1,
+                        Rank(
+                            KEY,
+                            rank.layout,
+                            rank.address,
+                            [],
+                            Member("b"),
+                            CONFIG,
+                            client,
+                            opening=kept_open({"local": local}),
+                        ),
                         proven=receipt.digests,
                     )
                 )
@@ -259,6 +256,10 @@ class BrokenFences(Host):
         return fence
 
 
+class Disordered(Rank):
+    space = BrokenFences()  # type: ignore[assignment]
+
+
 def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
     end_s = time.monotonic() + timeout_s
     while not true():
@@ -269,13 +270,37 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
 class SlowToHear(CoordinatorClient):
     """Announces, and learns of it only after two heartbeats."""
 
-    def announce(self, *args: object, **kwargs: object) -> Lease:  # type: ignore[override]
+    def announce(self, *args: object, **kwargs: object) -> Granted:  # type: ignore[override]
         lease = super().announce(*args, **kwargs)  # type: ignore[arg-type]
         time.sleep(0.8)
         return lease
 
 
+class Unheard(CoordinatorClient):
+    """The coordinator takes every announcement, and its answer is lost."""
+
+    def announce(self, *args: Any, **more: Any) -> Granted:
+        super().announce(*args, **more)
+        raise DeadlineExceeded("the answer did not come")
+
+
 class TestEnds:
+    def test_a_seed_that_never_heard_whether_it_is_announced_is_offered_no_more(
+        self, coordinator: Coordinator, rank: BareRank, local: LocalTransport
+    ) -> None:
+        with Unheard(coordinator.address) as client:
+            with pytest.raises(DeadlineExceeded, match="did not come"), make(client, rank, local, ttl_s=600.0):
+                pass
+            assert client.status().holdings == ()
+        assert heartbeats() == []
+
+    def test_a_seed_opens_its_transports_and_closes_them(self, client: CoordinatorClient, rank: BareRank) -> None:
+        before = descriptors()
+        with Seed(rank.rank(KEY, Member("seed"), CONFIG, client)):
+            assert [h.source.instance for h in client.status().holdings] == ["seed"]
+        assert client.status().holdings == ()
+        assert descriptors() == before
+
     def test_without_a_coordinator_nothing_is_left_behind(self, rank: BareRank, local: LocalTransport) -> None:
         with serve("127.0.0.1:0") as gone:
             address = gone.address
@@ -367,7 +392,7 @@ CTRL_C = """
 import sys, time
 from peerload.engines.bare import bare_ranks
 from peerload.config import Config
-from peerload.job.load import Member
+from peerload.job.rank import Member
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.coordinator.client import CoordinatorClient
 from peerload.testing.layouts import layouts, llama

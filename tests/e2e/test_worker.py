@@ -106,7 +106,7 @@ class Instance:
             who,
             self.config,
             lambda: checkpoint or self.checkpoint,
-            load_weights=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
+            engine_loader=lambda model, weights: model.load_weights(weights),  # type: ignore[operator]
             finish=self.finish,
             known_as=self.known_as,
         )

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import sys
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
+from typing import Self
 
 import numpy as np
 
 from peerload.config import Config
 from peerload.coordinator.client import CoordinatorClient
+from peerload.job.rank import Member, Rank
 from peerload.job.seed import Seed
 from peerload.memory.arena import Arena
-from peerload.memory.space import space_on
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.model.layout import Layout
 from peerload.testing.gpu import DeviceArena
 from peerload.testing.instances import content
 from peerload.testing.layouts import Model, layout
-from peerload.transport.registry import opened_transports
+from peerload.testing.processes import Child, orders
 
 CONFIG = Config(registration="arena", fallback="fail", deadline_s=60.0)
 
@@ -45,43 +45,26 @@ class GpuRank:
         return [name for name, address, nbytes in columns if self.arena.read(address, nbytes) != must[name].tobytes()]
 
 
-class GpuSeeds:
-    """All ranks of `instance`, offered until the block is left or they are killed."""
+class GpuSeeds(Child):
+    """All ranks of `instance`, offered until the block is left or they are killed. Asked to "flip", they change the first byte of
+    every buffer and tell nobody."""
 
     def __init__(self, url: str, name: str, model: Model, parallel: Parallel, gpus: int, instance: str = "seed") -> None:
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(url, name, model, parallel, gpus, instance, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+        super().__init__(
+            f"{__name__}:serve",
+            *(url, name, model, parallel, gpus, instance),
+            name=f"the GPU seeds of {instance}",
+            python=sys.executable,  # not forked: CUDA must begin in the process that uses it
+            environment={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            grace_s=30.0,
+        )
 
-    def __enter__(self) -> GpuSeeds:
-        self.hear()
+    def __enter__(self) -> Self:
+        self.begun(90)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process.is_alive():
-            self._link.send("end")
-            self._process.join(30)
-            self._process.kill()
 
-    def ask(self, order: str) -> None:
-        """ "flip": change the first byte of every buffer and tell nobody."""
-        self._link.send(order)
-        self.hear()
-
-    def kill(self) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.join()
-
-    def hear(self) -> None:
-        if not self._link.poll(90):
-            raise TimeoutError("the seeds' process says nothing")
-        self._link.recv()
-
-
-def _serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, instance: str, link: Connection) -> None:
+def serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, instance: str, link: Connection) -> None:
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(url, timeout_s=5.0))
         ranks = []
@@ -89,22 +72,12 @@ def _serve(url: str, name: str, model: Model, parallel: Parallel, gpus: int, ins
             rank = GpuRank(layout(model, parallel, i), f"cuda:{i % gpus}")
             stack.enter_context(closing(rank.arena))
             rank.write(model, parallel)
-            transports = stack.enter_context(opened_transports(CONFIG, rank.gpu))
-            for transport in transports.values():
-                transport.register([rank.arena.region()])
-            seed = Seed(
-                ModelKey(name, model.name),
-                rank.layout,
-                rank.address,
-                coordinator=client,
-                transports=transports,
-                instance=instance,
-                space=space_on(rank.gpu),
-            )
-            stack.enter_context(seed)
+            key, member, regions = ModelKey(name, model.name), Member(instance, i), [rank.arena.region()]
+            offered = Rank(key, rank.layout, rank.address, regions, member, CONFIG, client, rank.gpu)
+            stack.enter_context(Seed(offered))
             ranks.append(rank)
         link.send("ready")
-        while (order := link.recv()) != "end":
+        for order in orders(link):
             if order == "flip":
                 for rank in ranks:
                     for address, nbytes in zip(rank.address.tolist(), rank.layout.buffer_nbytes.tolist(), strict=True):

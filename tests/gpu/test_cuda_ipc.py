@@ -26,7 +26,7 @@ from peerload.testing.gpu import DeviceArena
 from peerload.testing.source_process import SourceProcess, content
 from peerload.testing.transport_conformance import Destination, Source, TransportConformance, strided
 from peerload.transport.base import Transport
-from peerload.transport.cuda_ipc import CudaIpcTransport, Description
+from peerload.transport.cuda_ipc import CudaDescription, CudaIpcTransport
 from peerload.transport.descriptions import decode
 from peerload.transport.probes import probe
 from peerload.transport.registry import open_transport, open_transports
@@ -88,7 +88,7 @@ def test_hundreds_of_small_tensors_that_share_blocks_each_keep_their_place() -> 
         reader = stack.enter_context(closing(CudaIpcTransport(GPU)))
         here = [memory.allocate(n) for n in sizes]
         reader.register([memory.region()])
-        told = decode(Description, source.description, "source")
+        told = decode(CudaDescription, source.description, "source")
         assert len(told.base) < len(sizes) / 10, "the tensors don't share blocks: this test shows nothing"
         peer = reader.connect(source.description, "source", Deadline.after(20))
         columns = (np.array(column, np.int64) for column in (source.address, here, sizes))
@@ -244,7 +244,7 @@ def test_memory_of_a_dead_source_stays_mapped_until_its_reader_closes() -> None:
     nbytes = 4 << 20
     with ExitStack() as stack:
         source = stack.enter_context(SourceProcess("cuda_ipc", [nbytes], memory=GPU))
-        told = decode(Description, source.description, "source")
+        told = decode(CudaDescription, source.description, "source")
         device = Device(GPU)
         stack.callback(device.close)
         base = device.open(bytes.fromhex(told.handle[0]))
@@ -263,9 +263,9 @@ def test_freed_memory_is_forgotten_and_what_is_left_described() -> None:
         gone = DeviceArena(GPU, 4 << 20)
         gone.allocate(1 << 20)
         transport.register([kept.region(), gone.region()])
-        assert len(decode(Description, transport.describe(), "self").address) == 2
+        assert len(decode(CudaDescription, transport.describe(), "self").address) == 2
         gone.close()
-        assert decode(Description, transport.describe(), "self").address == (kept.address,)
+        assert decode(CudaDescription, transport.describe(), "self").address == (kept.address,)
 
 
 def test_a_region_of_no_device_memory_is_refused() -> None:

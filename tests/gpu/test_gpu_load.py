@@ -17,7 +17,8 @@ from gpu_support import needs_gpus
 from peerload.config import Config
 from peerload.coordinator.client import CoordinatorClient
 from peerload.errors import PeerloadError, PlanError, VerifyError
-from peerload.job.load import Job, Member, load
+from peerload.job.load import Job, load
+from peerload.job.rank import Member, Rank
 from peerload.memory.cuda import driver
 from peerload.model.catalog import ModelKey, Parallel
 from peerload.model.offer import Offer
@@ -25,7 +26,6 @@ from peerload.receipt import Receipt
 from peerload.testing.instances import on_disk
 from peerload.testing.layouts import layout, llama
 from peerload.testing.layouts.presets import tiny_deepseek, tiny_qwen3_moe
-from peerload.transport.registry import opened_transports
 
 pytestmark = needs_gpus()
 MODEL = llama(name="small", hidden=256, inter=640, heads=8, kv_heads=4, head=32, layers=4, vocabulary=1000)
@@ -49,26 +49,16 @@ def load_all(
     """Every rank on a thread; receipts, the bytes having been compared, or errors."""
     gpus = driver.count()
 
-    def one(rank: int) -> Receipt | PeerloadError:
+    def one(number: int) -> Receipt | PeerloadError:
         with ExitStack() as stack:
             client = stack.enter_context(CoordinatorClient(url, timeout_s=5.0))
-            mine = GpuRank(layout(model, parallel, rank), f"cuda:{rank % gpus}")
+            mine = GpuRank(layout(model, parallel, number), f"cuda:{number % gpus}")
             stack.enter_context(closing(mine.arena))
-            transports = stack.enter_context(opened_transports(config, mine.gpu))
-            member = Member("target", rank, parallel.tp * parallel.pp, name)
-            job = Job(
-                ModelKey(name, model.name),
-                mine.layout,
-                mine.address,
-                [mine.arena.region()],
-                member,
-                transports,
-                config,
-                coordinator=client,
-                reserve=reserve,
-            )
+            member = Member("target", number, parallel.tp * parallel.pp, name)
+            regions, key = [mine.arena.region()], ModelKey(name, model.name)
+            rank = Rank(key, mine.layout, mine.address, regions, member, config, client, mine.gpu)
             try:
-                receipt = load(job)
+                receipt = load(Job(rank, reserve))
             except PeerloadError as error:
                 return error
             assert mine.differences(model, parallel) == []

@@ -14,7 +14,7 @@ from gpu_support import needs_gpus
 pytest.importorskip("transformers.distributed")
 
 from peerload.testing.families import FAMILIES, write_family
-from peerload.testing.models import Spec, check, halved, load, offer, results, running
+from peerload.testing.models import RankProcesses, Spec, check, halved, load, offer, results
 
 pytestmark = needs_gpus()
 
@@ -42,7 +42,7 @@ def spec_of(family: str, directory: Path, url: str, **changes: object) -> Spec:
 def test_one_gpu(url: str, tmp_path: Path, family: str) -> None:
     """Two processes of one GPU, by torch's own allocations."""
     spec = spec_of(family, tmp_path, url)
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         seed.hear()
         check(results(load, spec))
         if not spec.keep:
@@ -61,9 +61,9 @@ def test_from_disk(url: str, tmp_path: Path) -> None:
 def test_two_gpus(url: str, tmp_path: Path, family: str, how: str) -> None:
     """Split by transformers and by a trainer, to one GPU and back."""
     spec = spec_of(family, tmp_path, url)
-    with running(offer, replace(spec, how=how, size=2)) as seed:
+    with RankProcesses(offer, replace(spec, how=how, size=2)) as seed:
         seed.hear()
         check(results(load, spec))
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         seed.hear()
         check(results(load, replace(spec, how=how, size=2)))

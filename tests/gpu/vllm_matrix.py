@@ -1,9 +1,10 @@
-"""vLLM on two GPUs: instances of TP 1 and 2 load from each other, and every tensor is compared with vLLM's own load.
+"""vLLM on GPUs: instances of TP 1 and 2 load from each other, and every tensor is compared with vLLM's own load.
 
-    python tests/gpu/vllm_matrix.py --out DIR [--only NAME] [--large]
+    python tests/gpu/vllm_matrix.py --out DIR [--only NAME] [--large] [--tp 1]
 
-Needs two GPUs of one host and vLLM, with peerload installed. Instances share the GPUs, and those of a round start together. One
-line of JSON for each case on standard output, a table at the end, logs of all instances in DIR. Exit code 1: a case failed.
+Needs vLLM, with peerload installed, and two GPUs of one host; one GPU is enough for `--tp 1`. Instances share the GPUs, and those
+of a round start together. One line of JSON for each case on standard output, a table at the end, logs of all instances in DIR.
+Exit code 1: a case failed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engines"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engines" / "vllm"))
 
 import torch
@@ -27,14 +30,14 @@ from safetensors.torch import save_file
 
 from peerload.coordinator.server import Coordinator, serve
 from peerload.testing.families import Family, Sizes, llama, qwen3_moe, write_family
-from peerload.tracing.recorder import DTYPES
+from peerload.testing.processes import ChildDied
+from peerload.tracing.dtypes import DTYPES
 
 DENSE = Sizes(hidden=1024, inter=2048, heads=8, kv_heads=2, head=128, vocab=4000, layers=4)
 SPARSE = Sizes(hidden=512, inter=1024, heads=4, kv_heads=2, head=128, vocab=4000, layers=2, experts=8, wide=512)
 #: 7.5 GB in BF16: what an 8B model has in half of its layers.
 LARGE = Sizes(hidden=4096, inter=14336, heads=32, kv_heads=8, head=128, vocab=32000, layers=16)
 QUANTIZATIONS = ("bf16", "fp8-block", "fp8-channel", "fp8-tensor")
-PAIRS = ((1, 1), (1, 2), (2, 1), (2, 2))
 #: Enough for scales, which post-processing may rewrite; too little for a weight.
 RETAIN_NBYTES = 1 << 20
 RECEIVED = re.compile(r"peerload: ([0-9.]+ [kMG]?B) from (\S+)")
@@ -69,11 +72,7 @@ class Case:
     def start_seed(self, tp: int) -> None:
         coordinator = self.coordinators[tp] = self._stack.enter_context(serve("127.0.0.1:0"))
         config = {"url": coordinator.address, "retain_bytes": RETAIN_NBYTES}
-        seed = self._stack.enter_context(Vllm(self.directory, tp, config, gpu=True, **arguments(self._large)))
-        try:
-            seed.wait()
-        finally:
-            (self.out / f"{self.family}-seed-tp{tp}.log").write_text(seed.log)
+        self._stack.enter_context(self._start(f"seed-tp{tp}", tp, config)).wait()
 
     def run_target(self, seed_tp: int, tp: int) -> None:
         row: dict[str, object] = {"engine": f"vllm {vllm.__version__}", "model": str(self.family), "seed_tp": seed_tp, "tp": tp}
@@ -81,7 +80,7 @@ class Case:
         try:
             config = {"url": self.coordinators[seed_tp].address, "source": False}
             ran = self._run(f"target-tp{seed_tp}-tp{tp}", tp, config)
-        except (AssertionError, KeyError) as error:
+        except (ChildDied, OSError, KeyError) as error:
             row["failed"] = repr(error)[-300:]
             return
         stock = self.stock[tp]
@@ -99,14 +98,14 @@ class Case:
 
     def _run(self, name: str, tp: int, config: dict[str, object] | None) -> Ran:
         begun_s = time.monotonic()
-        running = Vllm(self.directory, tp, config, gpu=True, **arguments(self._large))
-        try:
-            with running:
-                running.wait()
-                seconds = time.monotonic() - begun_s
-                return Ran(running.sha256(), running.tokens(), running.log, seconds)
-        finally:
-            (self.out / f"{self.family}-{name}.log").write_text(running.log)
+        with self._start(name, tp, config) as running:
+            running.wait()
+            seconds = time.monotonic() - begun_s
+            return Ran(running.sha256(), running.tokens(), running.log, seconds)
+
+    def _start(self, name: str, tp: int, config: dict[str, object] | None) -> Vllm:
+        log = self.out / f"{self.family}-{name}.log"
+        return Vllm(self.directory, tp, config, gpu=True, log=log, **arguments(self._large))
 
 
 def write_large(directory: Path, family: Family) -> None:
@@ -129,6 +128,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="a regular expression for the models")
     parser.add_argument("--large", action="store_true", help="a model of 7.5 GB, for rates")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes of seeds and targets (1 2)")
     options = parser.parse_args()
     families = [llama(f"llama-{q}", DENSE, quantization=q) for q in QUANTIZATIONS]
     families += [qwen3_moe(f"qwen3-moe-{q}", SPARSE, quantization=q) for q in QUANTIZATIONS]
@@ -147,13 +147,17 @@ def main() -> int:
                 write_family(models / family.name, family)
             cases.append(Case(family, models / family.name, options.out, stack, large=options.large))
         pool = stack.enter_context(ThreadPoolExecutor(32))
-        first = [pool.submit(run, tp) for case in cases for tp in (1, 2) for run in (case.run_stock, case.start_seed)]
+        first = [pool.submit(run, tp) for case in cases for tp in options.tp for run in (case.run_stock, case.start_seed)]
         for future in first:
             if (error := future.exception()) is not None:
                 sys.stdout.write(f"{str(error)[-1500:]}\n")
         sys.stdout.write("seeds and stock instances have run\n")
         sys.stdout.flush()
-        list(pool.map(lambda job: job[0].run_target(*job[1]), [(case, pair) for case in cases for pair in PAIRS]))
+        list(
+            pool.map(
+                lambda job: job[0].run_target(*job[1]), [(case, pair) for case in cases for pair in product(options.tp, repeat=2)]
+            )
+        )
     rows = [row for case in cases for row in case.rows]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")

@@ -165,8 +165,8 @@ def test_a_description_that_lost_or_gained_bytes(pair: Pair, data: st.DataObject
 
 PROCESS = {"host": boot_id(), "pid_namespace": 1, "pid": 2, "start_time": 3, "socket": "nobody", "token": "0" * 32}
 KINDS = [
-    attached.Description(**PROCESS, address=(4096,), nbytes=(10,), file=(-1,), offset=(0,)),
-    cuda_ipc.Description(
+    attached.LocalDescription(**PROCESS, address=(4096,), nbytes=(10,), file=(-1,), offset=(0,)),
+    cuda_ipc.CudaDescription(
         **PROCESS,
         gpu="GPU-0",
         address=(4096, 5000),
@@ -176,7 +176,7 @@ KINDS = [
         size=(8192,),
         handle=("ab" * HANDLE_NBYTES,),
     ),
-    nixl.Description(host=boot_id(), metadata="AAAA", address=(4096,), nbytes=(1,)),
+    nixl.NixlDescription(host=boot_id(), metadata="AAAA", address=(4096,), nbytes=(1,)),
     FileSet(("/a/b\udc80",), (0,), (-1,), (4096,)),
 ]
 

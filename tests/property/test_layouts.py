@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peerload.model.catalog import Parallel
-from peerload.testing.layouts import Held, layout, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
+from peerload.testing.layouts import Storing, layout, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
 from peerload.testing.machine import load_exactly, numbers, on_disk, running
 from peerload.testing.oracle import scattered, shards
 
@@ -17,19 +17,19 @@ MODELS = {
     "2 kv heads, tied, biases": tiny_llama(heads=6, kv_heads=2, tied=True, bias=True),
     "1 kv head": tiny_llama(heads=4, kv_heads=1),
     "uneven heads": tiny_llama(heads=9, kv_heads=3),
-    "fp8 per tensor": tiny_llama(Held("fp8_tensor", vocabulary=4)),
-    "fp8 per channel, transposed": tiny_llama(Held("fp8_channel", vocabulary=4, transposed=True)),
-    "fp8 blocks of 5": tiny_llama(Held("fp8_block", block=5, vocabulary=4)),
-    "moe, w13": tiny_qwen3_moe(Held("fp8_block", block=4, vocabulary=4)),
-    "moe, an own buffer per expert": tiny_qwen3_moe(Held("fp8_block", block=4, vocabulary=4, fused_experts=False)),
+    "fp8 per tensor": tiny_llama(Storing("fp8_tensor", vocabulary=4)),
+    "fp8 per channel, transposed": tiny_llama(Storing("fp8_channel", vocabulary=4, transposed=True)),
+    "fp8 blocks of 5": tiny_llama(Storing("fp8_block", block=5, vocabulary=4)),
+    "moe, w13": tiny_qwen3_moe(Storing("fp8_block", block=4, vocabulary=4)),
+    "moe, an own buffer per expert": tiny_qwen3_moe(Storing("fp8_block", block=4, vocabulary=4, fused_experts=False)),
     "moe, 3-D in the checkpoint": tiny_qwen3_moe(stacked=True),
-    "mla": tiny_deepseek(Held("fp8_block", block=4, vocabulary=4)),
+    "mla": tiny_deepseek(Storing("fp8_block", block=4, vocabulary=4)),
 }
 #: How seeds may hold what targets hold differently.
 OTHER_FORM = {
-    "fp8 per channel, transposed": tiny_llama(Held("fp8_channel", vocabulary=4)),
+    "fp8 per channel, transposed": tiny_llama(Storing("fp8_channel", vocabulary=4)),
     "moe, w13": MODELS["moe, an own buffer per expert"],
-    "mla": tiny_deepseek(Held("fp8_block", block=4, vocabulary=8, fused_experts=False, transposed=True)),
+    "mla": tiny_deepseek(Storing("fp8_block", block=4, vocabulary=8, fused_experts=False, transposed=True)),
 }
 ARRANGEMENTS = (Parallel(4, 2), Parallel(4, ep=4), Parallel(6, 2, 3), Parallel(8, ep=2), Parallel(2, 3), Parallel(8, ep=8))
 

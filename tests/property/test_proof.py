@@ -11,10 +11,10 @@ import pytest
 from peerload.errors import ManifestError, PlanError
 from peerload.model.boxes import Box, IntArray
 from peerload.model.catalog import Catalog, Parallel, TensorSpec
-from peerload.model.layout import Layout, Opaque, Piece, Pieces
+from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Offer, SourceId
 from peerload.planning.plan import Plan, make_plan
-from peerload.testing.layouts import Held, layout, tiny_deepseek, tiny_llama
+from peerload.testing.layouts import Storing, layout, tiny_deepseek, tiny_llama
 from peerload.testing.machine import Instance, load_exactly, numbers, on_disk, running
 from peerload.testing.oracle import numbered, scattered, shards
 
@@ -22,8 +22,8 @@ LLAMA = tiny_llama()
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def matrix(spec: TensorSpec, *boxes: Box, opaques: tuple[Opaque, ...] = (), rank: int = 0, **aliases: str) -> Layout:
-    """A rank that holds boxes of a one-tensor model, one buffer each; opaques lie in a last buffer of 64 bytes."""
+def matrix(spec: TensorSpec, *boxes: Box, rank: int = 0, **aliases: str) -> Layout:
+    """A rank that holds boxes of a one-tensor model, one buffer each."""
     catalog = Catalog.of([spec, *(TensorSpec(name, spec.dtype, spec.shape) for name in aliases)])
     size = int(catalog.itemsize[0])
     rows, nbytes = [], []
@@ -31,10 +31,8 @@ def matrix(spec: TensorSpec, *boxes: Box, opaques: tuple[Opaque, ...] = (), rank
         strides = tuple(int(np.prod(box.shape[d + 1 :])) * size for d in range(len(box.shape)))
         rows.append(Piece(0, box, i, 0, strides))
         nbytes.append(box.volume * size)
-    names = tuple(f"buffer{i}" for i in range(len(boxes) + 1))
-    return Layout(
-        catalog, names, np.array([*nbytes, 64]), Pieces.of(rows, catalog.width), opaques=opaques, rank=rank, aliases=aliases
-    )
+    names = tuple(f"buffer{i}" for i in range(len(boxes)))
+    return Layout(catalog, names, np.array(nbytes, np.int64), Pieces.of(rows, catalog.width), rank=rank, aliases=aliases)
 
 
 def offer(held: Layout, instance: str = "seed") -> Offer:
@@ -148,22 +146,6 @@ def test_tied_embeddings_both_ways(seed_tied: bool, target_tied: bool, parallel:
         load_exactly(wanted, shards(target, same, Parallel(3), rank), [seeds])
 
 
-def test_opaque_bytes_travel_between_equal_tags_only() -> None:
-    spec = TensorSpec("w", "F32", (4, 6))
-
-    def holding(tag: str) -> Layout:
-        return matrix(spec, opaques=(Opaque("w packed", tag, 0, 8, 40, ("w",), "Marlin tiles"),))
-
-    both = numbered(holding("marlin/sm90").catalog)
-    seed = Instance.holding([holding("marlin/sm90")], [scattered(holding("marlin/sm90"), both)], np.random.default_rng(0))
-    plan = load_exactly(holding("marlin/sm90"), scattered(holding("marlin/sm90"), both), [seed])
-    assert plan.nbytes == 40
-    with pytest.raises(PlanError, match=r"w packed.*'marlin/sm90', wanted is 'marlin/sm80'"):
-        make_plan(holding("marlin/sm80"), seed.offers)
-    with pytest.raises(PlanError, match="Marlin tiles"):
-        make_plan(matrix(spec, Box.whole(spec.shape)), seed.offers)
-
-
 def test_same_parallelism_refuses_other_sizes_and_says_so() -> None:
     wanted = layout(LLAMA, Parallel(4), 2)
     offers = [*running(LLAMA, Parallel(2), "two").offers, *running(LLAMA, Parallel(4), "four").offers]
@@ -174,7 +156,7 @@ def test_same_parallelism_refuses_other_sizes_and_says_so() -> None:
 
 
 def test_the_last_resort_gives_only_what_peers_lack() -> None:
-    model, to = tiny_llama(Held("fp8_block", block=5, vocabulary=4)), Parallel(2)
+    model, to = tiny_llama(Storing("fp8_block", block=5, vocabulary=4)), Parallel(2)
     peers = running(model, Parallel(4), "peer")
     some = Instance(peers.offers[:3], peers.memories[:3])
     wanted = layout(model, to, 1)
@@ -320,16 +302,6 @@ def test_each_dropped_copy_is_named(row: int) -> None:
         Plan(plan.wants, plan.offers, **without(keep)(as_columns(plan)))
     assert error.value.holes[0].tensor == plan.wants.layout.catalog.names[int(plan.wants.tensor[plan.want[row]])]
     assert error.value.holes[0].rank == 1
-
-
-def test_a_plan_without_its_opaque_region_can_not_be_constructed() -> None:
-    spec = TensorSpec("w", "F32", (4, 6))
-    mine, other = (matrix(spec, opaques=(Opaque("w", tag, 0, 0, 40),)) for tag in ("a", "b"))
-    plan = make_plan(mine, [offer(mine)])
-    with pytest.raises(PlanError, match="opaque"):
-        dataclasses.replace(plan, opaque=())
-    with pytest.raises(PlanError, match="opaque"):
-        dataclasses.replace(plan, offers=(offer(other),))
 
 
 def test_a_plan_that_reads_other_dtypes_can_not_be_constructed() -> None:

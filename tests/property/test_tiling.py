@@ -81,7 +81,7 @@ def ask(claimed: Sequence[Placed], held: Sequence[Placed], damage: int | None = 
     announced = np.array([total(b) for b in claimed], np.uint64)
     said = Claims(CATALOG, *arrays(claimed), announced, np.zeros(len(claimed), np.int64), ("s",))
     verdict = compare(said, Measured(CATALOG, np.arange(len(held)), *arrays(held), digest, zeros, (SourceId("s", 0, "1"),)))
-    assert verdict.ok == (State.WRONG not in verdict.state)
+    assert bool(verdict.mismatches or verdict.contradictions) == (State.WRONG in verdict.state)
     return [State(s) for s in verdict.state.tolist()]
 
 

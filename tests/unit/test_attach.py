@@ -21,7 +21,8 @@ from peerload.coordinator.server import serve
 from peerload.deadline import Deadline
 from peerload.engines.bare import BareRank
 from peerload.errors import HostError, SourceLost
-from peerload.job.load import Job, Member, load
+from peerload.job.load import Job, load
+from peerload.job.rank import Member, kept_open
 from peerload.job.seed import Seed
 from peerload.memory.arena import Arena
 from peerload.memory.region import Region
@@ -323,31 +324,10 @@ def test_who_attached_becomes_a_seed_for_a_third(url: str) -> None:
         stack.callback(bare.arena.close)
         client = stack.enter_context(CoordinatorClient(url, timeout_s=3.0))
         transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(CONFIG).items()}
-        job = Job(
-            second.key,
-            bare.layout,
-            bare.address,
-            bare.regions(CONFIG.registration),
-            Member("second"),
-            transports,
-            CONFIG,
-            coordinator=client,
-            arena=bare.arena,
-        )
-        assert load(job).attached_nbytes > 0
+        rank = bare.rank(second.key, Member("second"), CONFIG, client, kept_open(transports))
+        assert load(Job(rank)).attached_nbytes > 0
         first.close()
-        stack.enter_context(
-            Seed(
-                second.key,
-                bare.layout,
-                bare.address,
-                coordinator=client,
-                transports=transports,
-                instance="second",
-                arena=bare.arena,
-                threads=1,
-            )
-        )
+        stack.enter_context(Seed(rank))
         third = stack.enter_context(TargetProcess(life(url, "third", 2, ranks=(0,)), size=1))
         assert third.hear() == "begun"
         said = third.hear()
@@ -397,17 +377,9 @@ def test_the_bytes_outlive_the_seed(url: str) -> None:
         stack.callback(bare.arena.close)
         client = stack.enter_context(CoordinatorClient(url, timeout_s=3.0))
         transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(CONFIG).items()}
-        job = Job(
-            me.key,
-            bare.layout,
-            bare.address,
-            bare.regions(CONFIG.registration),
-            Member("target"),
-            transports,
-            CONFIG,
-            coordinator=client,
-            arena=bare.arena,
+        rank = bare.rank(me.key, Member("target"), CONFIG, client, kept_open(transports))
+        assert load(Job(rank)).attached_nbytes == bare.layout.nbytes - sum(
+            n for n in bare.layout.buffer_nbytes.tolist() if n < 1 << 18
         )
-        assert load(job).attached_nbytes == bare.layout.nbytes - sum(n for n in bare.layout.buffer_nbytes.tolist() if n < 1 << 18)
         seed.kill()
         assert differences(me, bare) == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peerload.integrity.digest import digest_boxes, fold, tensor_keys
 from peerload.memory.arena import copy
 from peerload.memory.cuda import kernels
-from peerload.memory.cuda.tables import Rows
+from peerload.memory.cuda.tables import TableRows
 from peerload.model.catalog import ITEMSIZE, Catalog, TensorSpec
 from peerload.native.tables import CopyRows, DigestRows
 from peerload.planning.batch import Batch
@@ -59,7 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / "kernels.so"))
 
 
-def run(kernel, rows: Rows, *out: np.ndarray, room: int = 5) -> int:
+def run(kernel, rows: TableRows, *out: np.ndarray, room: int = 5) -> int:
     """In tables of at most `room` rows; returns how many rows there were."""
     table, total = np.zeros(room * rows.row_nbytes, np.uint8), 0
     while True:

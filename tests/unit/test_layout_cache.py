@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peerload.config import cache_folder
-from peerload.engines.cache import FORMAT, Kept, LayoutCache, LayoutKey, model_digest, tracer_digest, tracers
+from peerload.engines.cache import FORMAT, CachedTrace, LayoutCache, LayoutKey, model_digest, tracer_digest, tracers
 from peerload.errors import ConfigError
 from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, Parallel, TensorSpec
-from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
+from peerload.model.layout import Constant, Layout, Piece, Pieces
 from peerload.testing.strategies import catalogs, instances
 
 KEY = LayoutKey("vllm", "1.2", "abc", "0123456789abcdef", "fp8", Parallel(4, 2, 4), 3, "cuda 9.0")
 CATALOG = Catalog.of([TensorSpec("a", "BF16", (4, 6)), TensorSpec("b", "F32", ()), TensorSpec("a as F32", "F32", (4, 6))])
 
 
-def kept() -> Kept:
+def kept() -> CachedTrace:
     """One of everything a layout may have."""
     pieces = [
         Piece(0, Box((1, 0), (3, 6)), 0, 0, (2, 4)),
@@ -37,22 +37,21 @@ def kept() -> Kept:
         np.array([30, 12, 7], np.int64),
         Pieces.of(pieces, CATALOG.width),
         (Constant(0, 24, (3,), (2,), b"\x80\xbf"),),
-        (Opaque("r", "tag", 2, 0, 7, ("a",), "swizzled"),),
         {"a as F32": "a"},
         {"b": "not for us"},
         Parallel(4, 2, 4),
         3,
     )
-    return Kept(layout, {"a as F32": "cast"}, ("cos_sin",), {"w_uk": "aten::mm"}, {"a as F32": ("a",)})
+    return CachedTrace(layout, {"a as F32": "cast"}, ("cos_sin",), {"w_uk": "aten::mm"}, {"a as F32": ("a",)})
 
 
-def assert_same(found: Kept | None, wanted: Kept) -> None:
+def assert_same(found: CachedTrace | None, wanted: CachedTrace) -> None:
     assert found is not None
     for name in ("derived", "made", "hidden", "covers"):
         assert getattr(found, name) == getattr(wanted, name), name
     a, b = found.layout, wanted.layout
     assert a.catalog == b.catalog
-    for name in ("buffer_names", "constants", "opaques", "aliases", "ignored", "parallel", "rank"):
+    for name in ("buffer_names", "constants", "aliases", "ignored", "parallel", "rank"):
         assert getattr(a, name) == getattr(b, name), name
     assert a.buffer_nbytes.tolist() == b.buffer_nbytes.tolist()
     for name in ("tensor", "start", "stop", "buffer", "offset", "stride"):
@@ -75,15 +74,15 @@ def test_any_layout_comes_back(tmp_path: Path, data: st.DataObject) -> None:
     cache = LayoutCache(tmp_path)
     for layout in data.draw(instances(catalog)):
         key = replace(KEY, rank=layout.rank, parallel=layout.parallel)
-        cache.put(key, Kept(layout))
-        assert_same(cache.get(key), Kept(layout))
+        cache.put(key, CachedTrace(layout))
+        assert_same(cache.get(key), CachedTrace(layout))
 
 
 def test_a_layout_without_pieces_comes_back(tmp_path: Path) -> None:
     """As of a pipeline stage that has no layers."""
     layout = Layout(CATALOG, (), np.zeros(0, np.int64), Pieces.of([], CATALOG.width))
-    LayoutCache(tmp_path).put(KEY, Kept(layout))
-    assert_same(LayoutCache(tmp_path).get(KEY), Kept(layout))
+    LayoutCache(tmp_path).put(KEY, CachedTrace(layout))
+    assert_same(LayoutCache(tmp_path).get(KEY), CachedTrace(layout))
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,15 @@ from peerload.deadline import Deadline
 from peerload.errors import PlanError
 from peerload.integrity.claims import Claims, Measured
 from peerload.integrity.verdict import compare
-from peerload.job.load import Job, Member, _Run
+from peerload.job.exchange import Group
+from peerload.job.load import Job, _Run
+from peerload.job.rank import Member, Rank
+from peerload.job.tally import Tally
 from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, ModelKey, TensorSpec
 from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Endpoint, Offer, SourceId
-from peerload.planning.plan import Wants
+from peerload.planning.wants import Wants
 from peerload.transport.files import FilesTransport
 from peerload.transport.local import LocalTransport
 from peerload.transport.process import boot_id
@@ -48,18 +51,19 @@ def run_of(wanted: Layout, *, reserve: Sequence[Offer] = (), derives: bool = Fal
     address = 4096 + 64 * np.arange(len(wanted.buffer_names))
     with closing(LocalTransport(1)) as local, closing(FilesTransport()) as files:
         transports = {"local": local, "files": files}
-    job = Job(ModelKey("m"), wanted, address, [], Member("t"), transports, config, reserve=reserve, derives=derives)
-    return _Run(job, Deadline.after(10))
+    job = Job(Rank(ModelKey("m"), wanted, address, [], Member("t"), config), reserve, derives)
+    deadline = Deadline.after(10)
+    return _Run(job, transports, Group("t", 0, 1, None, deadline), deadline, Tally())
 
 
 def test_a_seed_that_was_wrong_is_not_asked_again_for_what_the_engine_can_derive() -> None:
     disk, liar = offer("disk", layout(PLAIN), "files"), offer("liar", layout(PLAIN, DERIVED))
     run = run_of(layout(PLAIN, DERIVED), reserve=[disk], derives=True)
-    run._seen([liar])
-    run.suspicion["liar"] = 1000
-    plan = run.plan(Wants.of(run.job.layout))
+    run.sources.see([liar])
+    run.sources.suspicion["liar"] = 1000
+    plan = run.plan(Wants.of(run.ledger.layout))
     assert {source.instance for source in plan.bytes_by_source} == {"disk"}
-    assert run.left == {DERIVED.name}
+    assert run.sources.left == {DERIVED.name}
 
 
 def test_sources_out_of_reach_are_left_out_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,12 +73,12 @@ def test_sources_out_of_reach_are_left_out_with_one_line(caplog: pytest.LogCaptu
     run = run_of(layout(PLAIN, OTHER))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            run._seen([here, *far, unknown, pigeons])
-    assert [o.source.instance for o in run.offers] == ["here", "unknown"]
+            run.sources.see([here, *far, unknown, pigeons])
+    assert [o.source.instance for o in run.sources.offers] == ["here", "unknown"]
     (line,) = [r.getMessage() for r in caplog.records]
     assert "leaves out 21 sources" in line
     with pytest.raises(PlanError) as error:
-        run.plan(Wants.of(run.job.layout))
+        run.plan(Wants.of(run.ledger.layout))
     assert "far0/rank 0: is on another host, and offers local only" in str(error.value)
     assert "pigeons/rank 0: it offers pigeons, here is local, files" in {str(r) for r in error.value.refusals}
 
@@ -84,15 +88,17 @@ def test_a_peer_under_the_name_of_the_own_checkpoint_is_left_out() -> None:
     disk = offer("disk", layout(PLAIN), "files")
     twin = replace(disk, binding=replace(disk.binding, endpoints=(Endpoint("local", b""),)))
     run = run_of(layout(PLAIN), reserve=[disk])
-    run._seen([twin])
-    assert run.offers == []
-    assert list(run.plan(Wants.of(run.job.layout)).offers) == [disk]
+    run.sources.see([twin])
+    assert run.sources.offers == []
+    assert list(run.plan(Wants.of(run.ledger.layout)).offers) == [disk]
 
 
 def test_ranks_that_have_not_changed_yet_are_left_out() -> None:
     run = run_of(layout(PLAIN))
-    run._seen([offer("a", layout(PLAIN), changes=2), offer("a", layout(PLAIN), changes=1, rank=1), offer("b", layout(PLAIN))])
-    assert [(o.source.instance, o.source.rank) for o in run.offers] == [("a", 0), ("b", 0)]
+    run.sources.see(
+        [offer("a", layout(PLAIN), changes=2), offer("a", layout(PLAIN), changes=1, rank=1), offer("b", layout(PLAIN))]
+    )
+    assert [(o.source.instance, o.source.rank) for o in run.sources.offers] == [("a", 0), ("b", 0)]
 
 
 def test_what_is_waited_for() -> None:
@@ -101,7 +107,7 @@ def test_what_is_waited_for() -> None:
 
     def enough(*there: Offer, **more: object) -> bool:
         run = run_of(whole, **more)  # type: ignore[arg-type]
-        return run._enough(Wants.of(whole), there)
+        return run.sources.suffice(Wants.of(whole), there)
 
     complete, kept = offer("s", whole), offer("s", layout(PLAIN, ignored=gone))
     lacking = offer("s", layout(PLAIN))
@@ -124,7 +130,7 @@ def test_what_is_half_received_and_then_left_counts_for_nothing() -> None:
     run = run_of(wanted, derives=True, config=Config(verify="off"))
     number = run.ledger.numbers([SourceId("s", 0, "1")])
     run.ledger.add(np.array([0, 1]), np.array([[0], [0]]), np.array([[4], [2]]), number[[0, 0]])
-    run._seen([offer("s", layout(PLAIN))])
+    run.sources.see([offer("s", layout(PLAIN))])
     plan = run.plan(Wants(wanted, np.array([1]), np.array([[2]]), np.array([[4]])))
     assert len(plan) == 0
     none, boxes = np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
@@ -141,7 +147,7 @@ def test_what_the_engine_was_to_derive_stays_so_when_a_seed_that_has_it_comes_la
     rest = Wants(wanted, np.array([0, 1]), np.array([[0], [2]]), np.array([[4], [4]]))
     with pytest.raises(PlanError):
         run.plan(rest)  # nobody has either of them
-    run._seen([offer("s", wanted)])
+    run.sources.see([offer("s", wanted)])
     plan = run.plan(rest)
-    assert run.left == {DERIVED.name}
+    assert run.sources.left == {DERIVED.name}
     assert plan.wants.piece.tolist() == [0]

@@ -25,7 +25,7 @@ from peerload.testing.transport_conformance import strided
 from peerload.transport.descriptions import encode
 from peerload.transport.descriptors import Connection, Handover
 from peerload.transport.local import LocalTransport
-from peerload.transport.local_peer import Description, why_not
+from peerload.transport.local_peer import LocalDescription, why_not
 from peerload.transport.probes import cma_error
 from peerload.transport.process import boot_id, pid_namespace, start_time
 
@@ -216,7 +216,7 @@ def test_a_reader_trusts_no_seed_about_seals(reader: LocalTransport) -> None:
     memory = mmap.mmap(fd, 1 << 20)
     address = int(np.frombuffer(memory, np.uint8).ctypes.data)
     handover = Handover(lambda: {0: os.dup(fd)})
-    description = Description(
+    description = LocalDescription(
         host=boot_id(),
         pid_namespace=pid_namespace(),
         pid=os.getpid(),

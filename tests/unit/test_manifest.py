@@ -9,7 +9,7 @@ import pytest
 from peerload.errors import ManifestError
 from peerload.model.boxes import Box
 from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec
-from peerload.model.layout import Constant, Layout, Opaque, Piece, Pieces
+from peerload.model.layout import Constant, Layout, Piece, Pieces
 from peerload.model.offer import Binding, Offer, SourceId
 
 CATALOG = Catalog.of([TensorSpec("scale", "F32", ()), TensorSpec("w", "BF16", (4, 6)), TensorSpec("tied", "BF16", (4, 6))])
@@ -78,9 +78,6 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "a constant outside": (lambda: layout(constants=(Constant(1, 20, (5,), (2,), b"\0\0"),)), r"constants\[0\].offset"),
     "a constant without a buffer": (lambda: layout(constants=(Constant(7, 0, (), (), b"\0"),)), r"constants\[0\].buffer"),
     "a constant of no bytes": (lambda: layout(constants=(Constant(0, 0, (), (), b""),)), r"constants\[0\]"),
-    "an opaque outside": (lambda: layout(opaques=(Opaque("o", "t", 0, 2, 3),)), r"opaques\[0\].offset"),
-    "an empty opaque": (lambda: layout(opaques=(Opaque("o", "t", 0, 2, 0),)), r"opaques\[0\].offset"),
-    "an opaque without a buffer": (lambda: layout(opaques=(Opaque("o", "t", -1, 0, 1),)), r"opaques\[0\].buffer"),
     "an alias of nothing": (lambda: layout(aliases={"head": "w"}), r"aliases\[head\]"),
     "a negative address": (lambda: binding([0, -1]), r"binding.address\[1\]"),
     "an address too few": (lambda: Offer(layout(), binding([0])), "binding.address"),
@@ -99,12 +96,11 @@ def test_what_contradicts_itself_can_not_be_constructed_and_the_field_is_named(n
         make()
 
 
-def test_pieces_constants_and_opaques_must_not_share_a_byte() -> None:
+def test_pieces_and_constants_must_not_share_a_byte() -> None:
     layout().prove_disjoint()
     for extra in (
         {"constants": (Constant(1, 26, (), (), b"\0\0"),)},
-        {"opaques": (Opaque("o", "t", 1, 0, 5),)},
-        {"opaques": (Opaque("o", "t", 1, 0, 2), Opaque("p", "t", 1, 1, 2))},
+        {"constants": (Constant(1, 0, (), (), b"\0\0"), Constant(1, 1, (), (), b"\0\0"))},
     ):
         with pytest.raises(ManifestError, match="share a byte"):
             layout(**extra).prove_disjoint()
@@ -124,4 +120,3 @@ def test_every_byte_has_a_stated_origin() -> None:
     with pytest.raises(ManifestError, match=r"buffers\[w\]: 4 bytes"):
         layout().prove_cover()
     layout(constants=(Constant(1, 0, (2,), (2,), b"\0\0"),)).prove_cover()
-    layout(opaques=(Opaque("o", "t", 1, 0, 4),)).prove_cover()

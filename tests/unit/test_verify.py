@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peerload.errors import VerifyError
 from peerload.integrity.claims import Claims, Measured
-from peerload.integrity.digest import PRIME, digest_parts
+from peerload.integrity.digest import PRIME, digest_boxes
 from peerload.integrity.verdict import State, Verdict, compare
 from peerload.memory.space import HOST, digest_layout
 from peerload.model.boxes import Box, IntArray
@@ -22,7 +22,7 @@ from peerload.model.layout import Layout, Piece, Pieces
 from peerload.model.offer import Binding, Offer, SourceId
 from peerload.planning.plan import Plan, make_plan
 from peerload.receipt import Read, Receipt
-from peerload.testing.layouts import Held, Model, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
+from peerload.testing.layouts import Model, Storing, layouts, tiny_deepseek, tiny_llama, tiny_qwen3_moe
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -81,7 +81,10 @@ def instance(model: Model, parallel: Parallel, tensors: Tensors) -> list[Process
 def measure(process: Process, plan: Plan) -> Measured:
     """What `process` holds where `plan` wrote, through the bytes that ranks exchange."""
     rows = plan.wants.piece[plan.want]
-    digest = digest_parts(process.layout, process.address, rows, plan.start, plan.stop, threads=1)
+    pieces = process.layout.pieces
+    stride, tensor = pieces.stride[rows], pieces.tensor[rows]
+    where = process.address[pieces.buffer[rows]] + pieces.offset[rows] + ((plan.start - pieces.start[rows]) * stride).sum(axis=1)
+    digest = digest_boxes(process.layout.catalog, tensor, plan.start, plan.stop, where, stride, threads=1)
     catalog, rank = process.layout.catalog, np.full(len(rows), process.layout.rank)
     names = tuple(o.source for o in plan.offers)
     found = Measured(catalog, rank, process.layout.pieces.tensor[rows], plan.start, plan.stop, digest, plan.offer, names)
@@ -105,10 +108,11 @@ def test_all_that_arrived_intact_is_proven_between_any_two_sizes(seed_tp: int, t
     tensors = TENSORS[LLAMA.name]
     targets = instance(LLAMA, Parallel(tp=target_tp), tensors)
     verdict = judge(instance(LLAMA, Parallel(tp=seed_tp), tensors), targets)
-    assert verdict.ok
+    assert not verdict.mismatches
+    assert not verdict.contradictions
     assert (verdict.state == State.PROVEN).all()
-    assert verdict.unproven_nbytes == 0
-    assert verdict.proven_nbytes == sum(int(t.layout.piece_nbytes[t.layout.written].sum()) for t in targets)
+    assert verdict.nbytes(State.UNPROVEN) == 0
+    assert verdict.nbytes(State.PROVEN) == sum(int(t.layout.piece_nbytes[t.layout.written].sum()) for t in targets)
     assert verdict.digest_tensors == len(tensors)
 
 
@@ -124,11 +128,11 @@ def test_the_digest_of_a_whole_load_does_not_depend_on_either_layout() -> None:
 
 
 MODELS = {
-    "mla, block scales": tiny_deepseek(Held("fp8_block", block=4, vocabulary=4)),
-    "moe, block scales": tiny_qwen3_moe(Held("fp8_block", block=4, vocabulary=4)),
+    "mla, block scales": tiny_deepseek(Storing("fp8_block", block=4, vocabulary=4)),
+    "moe, block scales": tiny_qwen3_moe(Storing("fp8_block", block=4, vocabulary=4)),
     "stacked experts": tiny_qwen3_moe(stacked=True),
     "tied, biases": tiny_llama(tied=True, bias=True),
-    "per channel, transposed": tiny_llama(Held("fp8_channel", vocabulary=4, transposed=True)),
+    "per channel, transposed": tiny_llama(Storing("fp8_channel", vocabulary=4, transposed=True)),
 }
 ARRANGED = [
     (Parallel(2, 1, 2), Parallel(4, 1, 4)),
@@ -147,7 +151,8 @@ def test_experts_stages_scales_and_ties(kind: str, seeds_as: Parallel, targets_a
     tensors |= {alias: tensors[name] for alias, name in layouts(model)[0].aliases.items()}
     seeds, targets = instance(model, seeds_as, tensors), instance(model, targets_as, tensors)
     verdict = judge(seeds, targets)
-    assert verdict.ok
+    assert not verdict.mismatches
+    assert not verdict.contradictions
     # Rows of block scales that two ranks hold may overlap so that nothing tiles them; nothing else may be left.
     left = {verdict.measured.catalog.names[t] for t in verdict.measured.tensor[verdict.state == State.UNPROVEN].tolist()}
     assert all("scale" in name for name in left), left
@@ -192,13 +197,14 @@ def test_ranks_that_are_missing_leave_bytes_unproven_and_counted() -> None:
     cut = {s.name for s in alone.measured.catalog if "norm" not in s.name}
     unproven = alone.measured.tensor[alone.state == State.UNPROVEN].tolist()
     assert {alone.measured.catalog.names[t] for t in unproven} == cut
-    assert alone.ok
-    assert alone.proven_nbytes + alone.unproven_nbytes == alone.measured.nbytes.sum()
+    assert not alone.mismatches
+    assert not alone.contradictions
+    assert alone.nbytes(State.PROVEN) + alone.nbytes(State.UNPROVEN) == alone.measured.nbytes.sum()
     half = judge(seeds, targets[:2])
     left = {half.measured.catalog.names[t] for t in half.measured.tensor[half.state == State.UNPROVEN].tolist()}
     # Ranks 0 and 1 of 4 hold between them what rank 0 of 2 announced, but for padded vocabularies, which are cut elsewhere.
     assert left == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert judge(seeds, targets[1:3]).unproven_nbytes > 0
+    assert judge(seeds, targets[1:3]).nbytes(State.UNPROVEN) > 0
 
 
 # What follows is about hand-made boxes. The digest of an element is any number; a box has the sum.
@@ -266,7 +272,7 @@ def test_replicas_that_differ_are_wrong_even_if_nobody_announced_the_box() -> No
 
 def test_seeds_that_contradict_each_other_about_one_box_are_named_and_prove_nothing() -> None:
     verdict = compare(claims(("a", 0, WHOLE, 0), ("b", 0, WHOLE, 1)), measured((0, 0, WHOLE, 0)))
-    assert not verdict.ok
+    assert verdict.mismatches or verdict.contradictions
     assert [(c.tensor, c.box, c.sources) for c in verdict.contradictions] == [("w", WHOLE, ("a", "b"))]
     assert verdict.state.tolist() == [State.UNPROVEN]
 
@@ -303,7 +309,10 @@ def test_tiles_in_two_dimensions_and_mixed_sizes() -> None:
         verdict = compare(claims(("a", 0, WHOLE, 0)), held)
         assert verdict.state.tolist() == [State.PROVEN] * len(tiles)
         assert verdict.digest == total(0, WHOLE)
-    assert compare(claims(("a", 0, WHOLE, 0)), measured(*((i, 0, b, 0) for i, b in enumerate(pinwheel[:4])))).proven_nbytes == 0
+    assert (
+        compare(claims(("a", 0, WHOLE, 0)), measured(*((i, 0, b, 0) for i, b in enumerate(pinwheel[:4])))).nbytes(State.PROVEN)
+        == 0
+    )
 
 
 def test_overlapping_boxes_prove_what_they_can() -> None:
@@ -326,7 +335,7 @@ def test_claims_of_seeds_with_other_catalogs_are_matched_by_name() -> None:
     said = Claims.of(GRID, offers)
     assert said.tensor.tolist() == [1]
     assert said.sources == ("a/rank 0",)
-    assert compare(said, measured((0, 1, NORM, 0))).proven_nbytes == 32
+    assert compare(said, measured((0, 1, NORM, 0))).nbytes(State.PROVEN) == 32
     assert len(Claims.of(GRID, [])) == 0
 
 
@@ -338,9 +347,11 @@ def test_measurements_survive_the_exchange_and_foreign_ones_are_refused() -> Non
     assert back.sources == held.sources
     none = Measured.decode(measured().encode(), GRID)
     assert len(none) == 0
-    assert compare(claims(), none).ok
+    assert not compare(claims(), none).mismatches
     with pytest.raises(VerifyError, match="another list of tensors"):
         Measured.decode(held.encode(), Catalog.of([GRID[0], TensorSpec("norm", "F32", (9,))]))
+    with pytest.raises(VerifyError, match="by another digest than m61-1: 'm89-1'"):
+        Measured.decode(held.encode().replace(b"m61-1", b"m89-1"), GRID)
     for data in (b"", b"PLM1", held.encode()[:-9], held.encode()[:40], b"X" + held.encode()[1:], bytes(200)):
         with pytest.raises(VerifyError):
             Measured.decode(data, GRID)
@@ -415,7 +426,7 @@ def test_a_receipt_says_what_happened() -> None:
         digest=255,
         digest_tensors=3,
     )
-    found = json.loads(receipt.to_json())
+    found = json.loads(json.dumps(receipt.to_dict()))
     assert found["digest"] == "00000000000000ff"
     assert found["sources"] == {"s/rank 0": {"nbytes": 1_000_000, "operations": 4}}
     assert (found["transfer_gb_per_s"], found["overhead"]) == (0.003, 1.5)

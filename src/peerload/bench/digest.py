@@ -23,7 +23,7 @@ import numpy as np
 
 from ..integrity.claims import Claims, Measured
 from ..integrity.digest import PRIME, digest_boxes
-from ..integrity.verdict import compare
+from ..integrity.verdict import State, compare
 from ..memory.space import HOST, digest_layout
 from ..model.boxes import Box
 from ..model.catalog import ITEMSIZE, Catalog, TensorSpec
@@ -124,7 +124,7 @@ def comparison(rounds: int, tensors: int = 25_000) -> dict[str, float]:
     tensor, rank, start, stop = boxes(4)
     sources = tuple(SourceId("seed", r, "1") for r in (0, 1))
     measured = Measured(catalog, rank, tensor, start, stop, quarter.reshape(-1), rank // 2, sources)
-    assert compare(claims, measured).unproven_nbytes == 0
+    assert compare(claims, measured).nbytes(State.UNPROVEN) == 0
     judge = statistics.median(timed(lambda: compare(claims, measured)) for _ in range(rounds))
     encode = statistics.median(timed(measured.encode) for _ in range(rounds))
     data = measured.encode()

@@ -31,7 +31,7 @@ from ..model.layout import Layout
 from ..model.offer import Binding, Offer, SourceId
 from ..planning.lower import Lowered, lower
 from ..planning.plan import Plan, make_plan
-from ..testing.layouts import FP8_BLOCK, Held, Model, deepseek_v3, kimi_k2, layout, layouts, llama_70b, qwen3_235b
+from ..testing.layouts import FP8_BLOCK, Model, Storing, deepseek_v3, kimi_k2, layout, layouts, llama_70b, qwen3_235b
 from ..transport.base import Limits
 
 STAGING_NBYTES = 256 << 20
@@ -51,7 +51,7 @@ class Case:
 
 def separate() -> Model:
     """DeepSeek-V3 with a buffer for each expert's matrix."""
-    return deepseek_v3(Held("fp8_block", fused_experts=False))
+    return deepseek_v3(Storing("fp8_block", fused_experts=False))
 
 
 CASES = {

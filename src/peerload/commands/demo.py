@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 
 from ..console import Console
-from ..demo.events import Loaded
+from ..demo.events import RankLoaded
 from ..errors import ConfigError, VerifyError
 from .options import add_config, config_of
 
@@ -67,6 +67,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _rank(event: Loaded) -> dict[str, object]:
+def _rank(event: RankLoaded) -> dict[str, object]:
     assert event.receipt is not None, "the target loads through peerload"
     return {**dataclasses.asdict(event), "receipt": event.receipt.to_dict(), "extra_nbytes": event.extra_nbytes}

@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class Extent:
     """A row of the answer. offset and strides in bytes, of the parameter; tensor: of the checkpoint, or derived; note: what it is
     when no box of a tensor, or why the tensor is derived."""
 
@@ -80,7 +80,7 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ProbeResult:
     """What the probe said of one rank. changes: parameter -> (what post-processing does to it, in words). unprocessed: why it
     couldn't be run here."""
 
@@ -138,28 +138,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def regions(answer: Answer) -> Iterator[Region]:
-    """All of a rank's pieces, constants and opaque regions, buffer by buffer and in order of their offsets."""
+def regions(answer: Answer) -> Iterator[Extent]:
+    """All of a rank's pieces and constants, buffer by buffer and in order of their offsets."""
     layout = answer.layout
-    found: list[tuple[int, Region]] = []
+    found: list[tuple[int, Extent]] = []
     for piece in layout.written.tolist():
         spec, buffer = layout.tensor_of(piece), int(layout.pieces.buffer[piece])
         strides = tuple(layout.pieces.stride[piece, layout.pieces.stride.shape[1] - len(spec.shape) :].tolist())
         offset, nbytes = int(layout.pieces.offset[piece]), int(layout.piece_nbytes[piece])
         name, note = layout.buffer_names[buffer], answer.kept.derived.get(spec.name, "")
-        found.append((buffer, Region(name, offset, nbytes, spec.name, str(layout.box_of(piece)), strides, note)))
+        found.append((buffer, Extent(name, offset, nbytes, spec.name, str(layout.box_of(piece)), strides, note)))
     for c in layout.constants:
         note = f"constant 0x{c.fill[::-1].hex()} in {list(c.shape)}"
         nbytes = math.prod(c.shape) * len(c.fill)
-        found.append((c.buffer, Region(layout.buffer_names[c.buffer], c.offset, nbytes, "", "", c.strides, note)))
-    found += [
-        (o.buffer, Region(layout.buffer_names[o.buffer], o.offset, o.nbytes, "", "", (), f"opaque: {o.reason}"))
-        for o in layout.opaques
-    ]
+        found.append((c.buffer, Extent(layout.buffer_names[c.buffer], c.offset, nbytes, "", "", c.strides, note)))
     return (region for _, region in sorted(found, key=lambda f: (f[0], f[1].offset)))
 
 
-def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: int | None) -> Verdict:
+def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: int | None) -> ProbeResult:
     from ..tracing.probe.agree import agree
     from ..tracing.probe.decoded import told_boxes
     from ..tracing.probe.run import changes, groups_of
@@ -171,20 +167,20 @@ def _probe(engine: Engine, answer: Answer, parallel: Parallel, rank: int, bits: 
     wrong = {d.partition(": ")[0] for d in found}
     agreed = sum(name not in wrong for name in answer.layout.buffer_names)
     if not engine.post_processes:
-        return Verdict(agreed, tuple(found), {}, loaded.seconds)
+        return ProbeResult(agreed, tuple(found), {}, loaded.seconds)
     try:
         processed = engine.probe(parallel, rank, processed=True, bits=bits)
     except LayoutError as error:  # kernels that this host's device lacks
-        return Verdict(agreed, tuple(found), {}, loaded.seconds, error.message)
+        return ProbeResult(agreed, tuple(found), {}, loaded.seconds, error.message)
     changed = changes(loaded, processed)
     for name, (kind, why) in changed.items():
         if kind == "permuted":
             boxes = told_boxes(processed, processed.buffers[name])
             changed[name] = (kind, f"{why}; {boxes}" if why else boxes)
-    return Verdict(agreed, tuple(found), changed, loaded.seconds + processed.seconds)
+    return ProbeResult(agreed, tuple(found), changed, loaded.seconds + processed.seconds)
 
 
-def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -> dict[str, object]:
+def _document(answer: Answer, rows: Sequence[Extent], verdict: ProbeResult | None) -> dict[str, object]:
     layout = answer.layout
     return {
         "rank": layout.rank,
@@ -192,7 +188,6 @@ def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -
         "nbytes": int(layout.buffer_nbytes.sum()),
         "pieces": len(layout.written),
         "constants": len(layout.constants),
-        "opaque": len(layout.opaques),
         "seconds": round(answer.seconds, 4),
         "cached": answer.cached,
         "regions": [r.document() for r in rows],
@@ -205,7 +200,7 @@ def _document(answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -
     }
 
 
-def _show(console: Console, title: str, answer: Answer, rows: Sequence[Region], verdict: Verdict | None) -> None:
+def _show(console: Console, title: str, answer: Answer, rows: Sequence[Extent], verdict: ProbeResult | None) -> None:
     columns = ("parameter", "offset", "bytes", "checkpoint tensor", "box", "strides")
     console.table(title, columns, [r.row() for r in rows[:MOST_ROWS]])
     if len(rows) > MOST_ROWS:
@@ -228,12 +223,12 @@ def summary(layout: Layout, seconds: float, *, cached: bool) -> str:
     written = int(np.sum(layout.piece_nbytes[layout.written]))
     return (
         f"rank {layout.rank}: {int(layout.buffer_nbytes.sum()) / 1e6:,.1f} MB in {len(layout.buffer_names)} parameters, "
-        f"{written / 1e6:,.1f} MB of them {len(layout.written)} pieces, {len(layout.constants)} constants, "
-        f"{len(layout.opaques)} opaque; {how} in {seconds:.2f} s"
+        f"{written / 1e6:,.1f} MB of them {len(layout.written)} pieces, {len(layout.constants)} constants; "
+        f"{how} in {seconds:.2f} s"
     )
 
 
-def _tell(console: Console, parameters: int, verdict: Verdict) -> None:
+def _tell(console: Console, parameters: int, verdict: ProbeResult) -> None:
     console.text(f"trace == probe on {verdict.agreed} of {parameters} parameters ({verdict.seconds:.1f} s)")
     if not verdict.changes:
         console.text(f"post-processing: {verdict.unprocessed or 'this engine has none'}")

@@ -34,7 +34,8 @@ from ..model.catalog import Parallel
 from ..model.layout import Layout
 from ..model.offer import Binding, Offer, SourceId
 from ..planning.lower import Lowered, lower
-from ..planning.plan import Plan, box_text, make_plan
+from ..planning.plan import Plan, make_plan
+from ..planning.wants import box_text
 from ..transport.base import Limits
 from ..transport.files import FilesTransport
 from ..transport.local import LocalTransport
@@ -70,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rank:
+class _PlannedRank:
     """One target rank, planned. Seconds of this process."""
 
     plan: Plan
@@ -118,7 +119,7 @@ class _Rank:
         )
 
 
-#: Titles of `_Rank.row`.
+#: Titles of `_PlannedRank.row`.
 COLUMNS = (
     "rank",
     "needed MB",
@@ -242,14 +243,14 @@ def _side_by_side(layout: Layout, align: int = 64) -> IntArray:
     return address
 
 
-def _plan(layout: Layout, layout_s: float, offers: Sequence[Offer], ask: _Ask) -> _Rank:
+def _plan(layout: Layout, layout_s: float, offers: Sequence[Offer], ask: _Ask) -> _PlannedRank:
     plan, plan_s = _clocked(lambda: make_plan(layout, offers, match=ask.config.match, salt=f"target/{layout.rank}"))
     limits: Limits = LIMITS[ask.transport]
     staging = ask.config.staging_bytes // WORKERS
     lowered, lower_s = _clocked(lambda: lower(plan, limits, _side_by_side(layout), staging))
     if lowered.nbytes != plan.nbytes:
         raise PlanError(f"rank {layout.rank}: lowering moves {lowered.nbytes} bytes, the plan needs {plan.nbytes}")
-    return _Rank(plan, lowered, layout_s, plan_s, lower_s)
+    return _PlannedRank(plan, lowered, layout_s, plan_s, lower_s)
 
 
 def _copies(plan: Plan, pattern: str) -> Iterator[dict[str, object]]:
@@ -268,7 +269,7 @@ def _copies(plan: Plan, pattern: str) -> Iterator[dict[str, object]]:
         }
 
 
-def _show(console: Console, title: str, ask: _Ask, ranks: Sequence[_Rank], offers: Sequence[Offer]) -> None:
+def _show(console: Console, title: str, ask: _Ask, ranks: Sequence[_PlannedRank], offers: Sequence[Offer]) -> None:
     needed, wire = sum(r.plan.nbytes for r in ranks), sum(r.lowered.wire_nbytes for r in ranks)
     proof = f"{_mb(wire):,} MB on the wire for {_mb(needed):,} MB needed; no holes: every byte is written exactly once"
     console.table(title, COLUMNS, [rank.row() for rank in ranks], caption=proof)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
 from ..errors import ConfigError, SourcesExhausted, VerifyError
 from ..model.catalog import ModelKey
+from ..receipt import Receipt
 from .options import add_config, add_parallel, config_of, parallel_of
 from .ranks import layouts_of
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ..engines.bare import bare_ranks
     from ..engines.checkpoint import ModelFiles
     from ..engines.shards import writable, write_rank
-    from ..job.load import Member
+    from ..job.rank import Member
 
     config, parallel = config_of(args, fallback="fail"), parallel_of(args)
     deadline = Deadline.after(config.deadline_s)
@@ -88,8 +90,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
         paths = [write_rank(args.out, rank, size) for rank, _ in ranks]
     receipts = [receipt for _, receipt in ranks]
     console.document({"model": str(model), "files": [str(p) for p in paths], "receipts": [r.to_dict() for r in receipts]})
+    _show(console, f"{model} as {parallel}", receipts, paths)
+    unproven = sum(r.unverified_nbytes for r in receipts)
+    if unproven:
+        why = "could not be proven by the ranks that were pulled" if config.verifies else "are not proven: verify is off"
+        console.say(f"{unproven / 1e6:.1f} MB {why}")
+    return VerifyError.exit_code if unproven and config.verifies and args.rank is None else 0
+
+
+def _show(console: Console, title: str, receipts: Sequence[Receipt], paths: Sequence[Path]) -> None:
     console.table(
-        f"{model} as {parallel}",
+        title,
         ("rank", "needed MB", "wire MB", "verified MB", "unproven MB", "operations", "GB/s", "seconds", "file"),
         [
             (
@@ -106,11 +117,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for r, path in zip(receipts, paths, strict=True)
         ],
     )
-    unproven = sum(r.unverified_nbytes for r in receipts)
-    if unproven:
-        why = "could not be proven by the ranks that were pulled" if config.verifies else "are not proven: verify is off"
-        console.say(f"{unproven / 1e6:.1f} MB {why}")
-    return VerifyError.exit_code if unproven and config.verifies and args.rank is None else 0
 
 
 def _resolve(client: CoordinatorClient, name: str, revision: str, patience: Deadline, deadline: Deadline) -> ModelKey:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ..coordinator.client import CoordinatorClient
     from ..engines.bare import bare_ranks
     from ..engines.checkpoint import Checkpoint, ModelFiles
-    from ..job.load import Member
+    from ..job.rank import Member, kept_open
     from ..job.seed import Seed
     from ..transport.registry import opened_transports
 
@@ -67,38 +67,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
         timed = config.replace(deadline_s=deadline.remaining_s)
         loading = bare_ranks(layouts, model, member, timed, client, reserve=[checkpoint.offer()], on_bytes=show)
         ranks = stack.enter_context(loading)
-        serving = stack.enter_context(opened_transports(config))
-        for transport in serving.values():
-            transport.register([region for rank, _ in ranks for region in rank.regions(config.registration)])
-        for rank, receipt in ranks:
-            stack.enter_context(
-                Seed(
-                    model,
-                    rank.layout,
-                    rank.address,
-                    coordinator=client,
-                    transports=serving,
-                    instance=instance,
-                    files=files.contents,
-                    attributes={"engine": "none"},
-                    arena=rank.arena if config.attach else None,
-                    digests=config.verifies,
-                    proven=receipt.digests,
-                    threads=config.threads,
-                    on_ended=ended.put,
-                )
-            )
-        held = sum(rank.layout.nbytes for rank, _ in ranks)
+        serving = kept_open(stack.enter_context(opened_transports(config)))
+        for bare, receipt in ranks:
+            rank = bare.rank(model, member, config, client, serving)
+            about = {"engine": "none"}
+            seed = Seed(rank, files=files.contents, attributes=about, proven=receipt.digests, on_ended=ended.put)
+            stack.enter_context(seed)
+        held = sum(bare.layout.nbytes for bare, _ in ranks)
+        receipts = [r.to_dict() for _, r in ranks]
         try:
             console.say(f"{instance} offers {model} as {parallel}: {size} ranks, {held / 1e6:.0f} MB; stop it with Ctrl-C")
             console.document(
-                {
-                    "instance": instance,
-                    "model": str(model),
-                    "parallel": str(parallel),
-                    "bytes": held,
-                    "receipts": [r.to_dict() for _, r in ranks],
-                }
+                {"instance": instance, "model": str(model), "parallel": str(parallel), "bytes": held, "receipts": receipts}
             )
             raise ended.get()
         except KeyboardInterrupt:

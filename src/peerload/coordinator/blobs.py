@@ -8,11 +8,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ManifestError
+from ..errors import CoordinatorError, ManifestError
 from ..model.catalog import Catalog
 from ..model.layout import Layout
 from . import codec
 from .codec import Blob, Kind
+
+
+class BlobMissing(CoordinatorError):
+    """The coordinator never had the blob, or restarted and forgot it: put it again."""
+
 
 #: Gets a blob by digest, or raises.
 Fetch = Callable[[str], Blob]
@@ -25,7 +30,7 @@ class Blobs:
         self._lock = threading.Lock()
         self._catalogs: dict[str, Catalog] = {}
         self._layouts: dict[str, Layout] = {}
-        self._digests: dict[str, npt.NDArray[np.uint64]] = {}
+        self._digests: dict[str, tuple[npt.NDArray[np.uint64] | None, str]] = {}
 
     def catalog(self, digest: str, fetch: Fetch) -> Catalog:
         known = self._catalogs.get(digest)
@@ -43,7 +48,7 @@ class Blobs:
         with self._lock:
             return self._layouts.setdefault(digest, fresh)
 
-    def digests(self, digest: str, fetch: Fetch) -> npt.NDArray[np.uint64]:
+    def digests(self, digest: str, fetch: Fetch) -> tuple[npt.NDArray[np.uint64] | None, str]:
         known = self._digests.get(digest)
         if known is not None:
             return known

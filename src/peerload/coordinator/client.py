@@ -28,7 +28,7 @@ from ._generated import peerload_pb2 as pb
 from ._generated import peerload_pb2_grpc as pb_grpc
 from .address import checked_address
 from .ballot import Round
-from .blobs import Blobs
+from .blobs import BlobMissing, Blobs
 from .codec import Blob
 
 log = logging.getLogger(__name__)
@@ -61,12 +61,8 @@ _OPTIONS: Final = [
 ]
 
 
-class _BlobMissing(CoordinatorError):
-    """It was put before the coordinator forgot it."""
-
-
 @dataclass(frozen=True, slots=True)
-class Lease:
+class Granted:
     """`source` may be read until `ttl_s` after the last announce or renew."""
 
     source: SourceId
@@ -143,7 +139,7 @@ class CoordinatorClient:
         files: Mapping[str, bytes] | None = None,
         ttl_s: float = 30.0,
         deadline: Deadline | None = None,
-    ) -> Lease:
+    ) -> Granted:
         """Let targets find `offer` for `ttl_s` seconds; renew at a third of that. `files` (name -> content, at most
         1 MiB together) are for targets that have no copy of the model's configuration.
 
@@ -154,11 +150,11 @@ class CoordinatorClient:
         while True:
             try:
                 self._put(blobs, deadline)
-                self._retry(lambda stub, t: stub.Announce(request, timeout=t), deadline, "announcing", _BlobMissing)
-            except _BlobMissing:  # it restarted in between, and forgot
+                self._retry(lambda stub, t: stub.Announce(request, timeout=t), deadline, "announcing", BlobMissing)
+            except BlobMissing:  # it restarted in between, and forgot
                 deadline.check(f"announcing {offer.source} to coordinator {self.url}")
                 continue
-            return Lease(offer.source, ttl_s)
+            return Granted(offer.source, ttl_s)
 
     def _put(self, blobs: list[Blob], deadline: Deadline) -> None:
         digests = pb.HasBlobsRequest(digest=[blob.digest for blob in blobs])
@@ -169,17 +165,17 @@ class CoordinatorClient:
 
     def _put_one(self, blob: Blob, deadline: Deadline) -> None:
         request, doing = pb.PutBlobRequest(blob=codec.pack(blob)), f"putting a {blob.kind.name.lower()}"
-        self._retry(lambda stub, t: stub.PutBlob(request, timeout=t), deadline, doing, _BlobMissing)
+        self._retry(lambda stub, t: stub.PutBlob(request, timeout=t), deadline, doing, BlobMissing)
 
-    def renew(self, lease: Lease, deadline: Deadline | None = None) -> Lease:
+    def renew(self, lease: Granted, deadline: Deadline | None = None) -> Granted:
         """Another `ttl_s` from now. Raises LeaseUnknown (it expired, or the coordinator restarted without a store:
         announce again) or LeaseSuperseded (stop offering)."""
         request = pb.RenewRequest(source=codec.encode_source(lease.source))
         deadline = self._deadline(deadline)
         reply = self._retry(lambda stub, t: stub.Renew(request, timeout=t), deadline, "renewing a lease", LeaseUnknown)
-        return Lease(lease.source, reply.ttl_s)
+        return Granted(lease.source, reply.ttl_s)
 
-    def withdraw(self, lease: Lease, deadline: Deadline | None = None) -> None:
+    def withdraw(self, lease: Granted, deadline: Deadline | None = None) -> None:
         """Nobody finds it any more. Withdrawing what has ended already is no error."""
         request = pb.WithdrawRequest(source=codec.encode_source(lease.source))
         self._retry(lambda stub, t: stub.Withdraw(request, timeout=t), self._deadline(deadline), "withdrawing")
@@ -247,15 +243,18 @@ class CoordinatorClient:
         return offers or [], False
 
     def discover_files(self, model: ModelKey, deadline: Deadline | None = None) -> Mapping[str, bytes]:
-        """The files of the first instance and rank of `model` that announced any. Raises CoordinatorError when none
-        did."""
+        """The files of `model` that most instances announce, or else the next that can be read. Raises CoordinatorError when
+        there are none."""
         deadline = self._deadline(deadline)
+        announced: dict[str, set[str]] = {}
         for message in self._announcements(model, deadline):
             if message.files:
-                try:
-                    return self._blobs.files(message.files, self._fetching(deadline))
-                except _BlobMissing as error:
-                    log.warning("%s", error.message)
+                announced.setdefault(message.files, set()).add(message.source.instance)
+        for digest in sorted(announced, key=lambda digest: -len(announced[digest])):
+            try:
+                return self._blobs.files(digest, self._fetching(deadline))
+            except (ManifestError, BlobMissing) as error:
+                log.warning("left out files that %s announces: %s", ", ".join(sorted(announced[digest])), error.message)
         raise CoordinatorError(
             f"no seed of {model} at coordinator {self.url} has announced files",
             next_step="start a seed, or give the model's directory",
@@ -269,16 +268,16 @@ class CoordinatorClient:
     def _offer(self, message: pb.Announcement, deadline: Deadline) -> Offer | None:
         fetch = self._fetching(deadline)
         try:
-            digests = self._blobs.digests(message.digests, fetch) if message.digests else None
-            return codec.decode_offer(message, self._blobs.layout(message.layout, fetch), digests)
-        except (ManifestError, _BlobMissing) as error:
+            digests = self._blobs.digests(message.digests, fetch) if message.digests else (None,)
+            return codec.decode_offer(message, self._blobs.layout(message.layout, fetch), *digests)
+        except (ManifestError, BlobMissing) as error:
             log.warning("left out %s, whose offer can't be read: %s", codec.decode_source(message.source), error)
             return None
 
     def _fetching(self, deadline: Deadline) -> Callable[[str], Blob]:
         def fetch(digest: str) -> Blob:
             request = pb.GetBlobRequest(digest=digest)
-            reply = self._retry(lambda stub, t: stub.GetBlob(request, timeout=t), deadline, "getting a blob", _BlobMissing)
+            reply = self._retry(lambda stub, t: stub.GetBlob(request, timeout=t), deadline, "getting a blob", BlobMissing)
             return codec.unpack(reply.blob)
 
         return fetch
@@ -343,11 +342,10 @@ class CoordinatorClient:
         return _decided(reply, key)
 
     def abort(self, group: str, number: int, rank: int, size: int, reason: str, deadline: Deadline | None = None) -> None:
-        """Say no, so that every rank that waits in `agree` raises CommitError with this reason. Tries for `timeout_s` at most,
-        and no longer than until `deadline`."""
+        """Say no, so that every rank that waits in `agree` raises CommitError with this reason."""
         request = _vote(Round(group, number), rank, size, 0.0, self._epochs.get(group, ""))
         request.abort = reason[:_MAX_REASON]
-        self._agree(request, self._deadline(deadline).within(self._timeout_s), "aborting")
+        self._agree(request, self._deadline(deadline), "aborting")
 
     def _agree(self, request: pb.AgreeRequest, deadline: Deadline, doing: str, patience_s: float = math.inf) -> pb.AgreeReply:
         return self._retry(lambda stub, t: stub.Agree(request, timeout=t), deadline, doing, patience_s=patience_s)

@@ -25,8 +25,8 @@ from google.protobuf.message import DecodeError, Message
 from ..errors import ManifestError
 from ..model.boxes import IntArray
 from ..model.catalog import Catalog, ModelKey, Parallel
-from ..model.layout import Constant, Layout, Opaque, Pieces
-from ..model.offer import Binding, Endpoint, Offer, SourceId
+from ..model.layout import Constant, Layout, Pieces
+from ..model.offer import ALGORITHM, Binding, Endpoint, Offer, SourceId
 from ._generated import peerload_pb2 as pb
 from .directory import MAX_RANKS, Record
 
@@ -45,6 +45,8 @@ MAX_PARTS: Final = 1_000_000
 #: Most constants of a layout, and most dimensions of one.
 _MAX_CONSTANTS: Final = 100_000
 _MAX_NDIM: Final = 64
+#: Longest name of a digest's algorithm.
+_MAX_ALGORITHM: Final = 64
 #: Bounds under which sums and products of two columns stay inside int64.
 _MAX_EXTENT: Final = 1 << 48
 _MAX_NBYTES: Final = 1 << 60
@@ -257,10 +259,6 @@ def encode_layout(layout: Layout, catalog: str) -> Blob:
             pb.Constant(buffer=c.buffer, offset=c.offset, shape=_numbers(c.shape), stride=_numbers(c.strides), fill=c.fill)
             for c in layout.constants
         ],
-        opaque=[
-            pb.Opaque(name=o.name, tag=o.tag, buffer=o.buffer, offset=o.offset, nbytes=o.nbytes, covers=o.covers, reason=o.reason)
-            for o in layout.opaques
-        ],
         alias=_pairs(layout.aliases),
         ignored=_pairs(layout.ignored),
         parallel=encode_parallel(layout.parallel),
@@ -295,7 +293,6 @@ def decode_layout(data: bytes, catalog_of: Callable[[str], Catalog]) -> Layout:
         buffer_nbytes=_column(message.buffer_nbytes, "layout.buffer_nbytes"),
         pieces=pieces,
         constants=tuple(_constant(c, f"layout.constants[{i}]") for i, c in enumerate(message.constant)),
-        opaques=tuple(Opaque(o.name, o.tag, o.buffer, o.offset, o.nbytes, tuple(o.covers), o.reason) for o in message.opaque),
         aliases={pair.name: pair.text for pair in message.alias},
         ignored={pair.name: pair.text for pair in message.ignored},
         parallel=decode_parallel(message.parallel),
@@ -319,15 +316,22 @@ def _constant(message: pb.Constant, field: str) -> Constant:
     return Constant(message.buffer, message.offset, shape, stride, message.fill)
 
 
-def encode_digests(digests: npt.NDArray[np.uint64]) -> Blob:
-    return Blob.of(Kind.DIGESTS, pb.Digests(piece=np.ascontiguousarray(digests, dtype="<u8").tobytes()))
+def encode_digests(digests: npt.NDArray[np.uint64], algorithm: str = ALGORITHM) -> Blob:
+    piece = np.ascontiguousarray(digests, dtype="<u8").tobytes()
+    return Blob.of(Kind.DIGESTS, pb.Digests(piece=piece, algorithm=algorithm))
 
 
-def decode_digests(data: bytes) -> npt.NDArray[np.uint64]:
-    column = parse(pb.Digests, data, "digests").piece
+def decode_digests(data: bytes) -> tuple[npt.NDArray[np.uint64] | None, str]:
+    """The digests and their algorithm. Those of an algorithm that we don't know may have any form: they are None."""
+    message = parse(pb.Digests, data, "digests")
+    column, algorithm = message.piece, message.algorithm
+    if not algorithm or len(algorithm) > _MAX_ALGORITHM or not algorithm.isprintable():
+        raise ManifestError("digests.algorithm", f"{algorithm[:_MAX_ALGORITHM]!r} is no name of an algorithm")
+    if algorithm != ALGORITHM:
+        return None, algorithm
     if len(column) % 8:
         raise ManifestError("digests.piece", f"has {len(column)} bytes, which is no whole number of uint64")
-    return np.frombuffer(column, dtype="<u8").astype(np.uint64, copy=False)
+    return np.frombuffer(column, dtype="<u8").astype(np.uint64, copy=False), algorithm
 
 
 def encode_files(files: Mapping[str, bytes]) -> Blob:
@@ -397,7 +401,7 @@ def encode_offer(offer: Offer, model: ModelKey, files: Mapping[str, bytes]) -> t
         attributes=dict(binding.attributes),
     )
     if binding.digests is not None:
-        blobs.append(encode_digests(binding.digests))
+        blobs.append(encode_digests(binding.digests, binding.algorithm))
         message.digests = blobs[-1].digest
     if files:
         blobs.append(encode_files(files))
@@ -405,8 +409,10 @@ def encode_offer(offer: Offer, model: ModelKey, files: Mapping[str, bytes]) -> t
     return message, blobs
 
 
-def decode_offer(message: pb.Announcement, layout: Layout, digests: npt.NDArray[np.uint64] | None) -> Offer:
-    """`layout` and `digests`: the decoded blobs that the announcement names."""
+def decode_offer(
+    message: pb.Announcement, layout: Layout, digests: npt.NDArray[np.uint64] | None, algorithm: str = ALGORITHM
+) -> Offer:
+    """`layout`, and `digests` with their `algorithm`: the decoded blobs that the announcement names."""
     return Offer(
         layout,
         Binding(
@@ -417,6 +423,7 @@ def decode_offer(message: pb.Announcement, layout: Layout, digests: npt.NDArray[
             fence_address=message.fence_address,
             host=message.host,
             attributes=dict(message.attributes),
+            algorithm=algorithm,
         ),
     )
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
-from ..errors import CoordinatorError, ManifestError, PeerloadError
+from ..errors import ManifestError, PeerloadError
 from ..model.catalog import Catalog, ModelKey, Parallel
 from ..model.offer import SourceId
 from . import codec
 from ._generated import peerload_pb2 as pb
 from .ballot import Ballot, Outcome, Pending, Round
+from .blobs import BlobMissing
 from .codec import Blob, Kind
 from .directory import Change, Directory, Event, Lease, Record
 from .store import Store, StoredBlob, StoreFailed, Vote
@@ -34,12 +35,10 @@ BLOB_KEEP_S: Final = 3600.0
 _SWEEP_EVERY_S: Final = 60.0
 #: Blobs that one call may ask for by digest: an announcement has four.
 _MAX_ASKED: Final = 1024
+#: The rows of digests by an algorithm that this release doesn't know: they are kept as they came.
+_UNCOUNTED: Final = -1
 _MAX_PAYLOAD_NBYTES: Final = 1 << 20
 _MAX_REASON: Final = 4096
-
-
-class BlobMissing(CoordinatorError):
-    """The blob was never put here, or before a restart that forgot it: put it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,8 @@ class Core:
             self._outlines[blob.digest] = outline
             return outline
         if blob.kind is Kind.DIGESTS:
-            self._digest_rows[blob.digest] = rows = len(codec.decode_digests(blob.data))
+            column, _ = codec.decode_digests(blob.data)
+            self._digest_rows[blob.digest] = rows = _UNCOUNTED if column is None else len(column)
             return rows
         return len(codec.decode_files(blob.data))
 
@@ -213,7 +213,7 @@ class Core:
             raise ManifestError("binding.address", f"has {len(announcement.address)} bytes for {outline.buffers} buffers")
         if announcement.digests:
             rows = self._rows(announcement.digests)
-            if rows != outline.pieces:
+            if rows not in (outline.pieces, _UNCOUNTED):
                 raise ManifestError("binding.digests", f"has {rows} rows for {outline.pieces} pieces")
         if announcement.files:
             self._unpacked(announcement.files, Kind.FILES)

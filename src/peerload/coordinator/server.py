@@ -32,7 +32,8 @@ from ._generated import peerload_pb2 as pb
 from ._generated import peerload_pb2_grpc as pb_grpc
 from .address import checked_address
 from .ballot import Aborted, Agreed, BallotFull, Outcome, Pending, Round
-from .core import WAITERS, BlobMissing, Core
+from .blobs import BlobMissing
+from .core import WAITERS, Core
 from .directory import Change
 from .store import Store, StoreFailed, Vote
 

@@ -1,11 +1,29 @@
-"""What a rank's process says to the one that started it."""
+"""What a rank's process is told, and what it says to the process that started it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from ..config import Config
 from ..receipt import Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """What one rank's process is told. `role`: "peer" loads through peerload and becomes a seed, "disk" is the engine's
+    own load from disk. `rendezvous`: a file for torch.distributed to meet at, the same for all ranks."""
+
+    role: Literal["peer", "disk"]
+    instance: str
+    rank: int
+    size: int
+    model_dir: str
+    config: Config
+    rendezvous: str = ""
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +35,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class RankLoaded:
     """The weights are there. engine_s: building the model without weights (the engine's own load: all of it). whole_s: from the
     start of building until every page can be read. receipt: None after the engine's own load.
 
@@ -53,4 +71,4 @@ class Failed:
     exit_code: int
 
 
-Event = Progress | Loaded | Generated | Failed
+Event = Progress | RankLoaded | Generated | Failed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -25,16 +24,18 @@ from transformers import PreTrainedModel
 
 from ..engines.transformers.open import greedy, parameters_of, stock_model
 from ..errors import PeerloadError
-from ..job.load import Member
+from ..job.rank import Member
 from ..model.catalog import Parallel
-from .events import Failed, Generated, Loaded, Progress
-from .instance import RankSpec
+from ..testing.processes import wait_for_end
+from .events import Failed, Generated, Progress, RankLoaded, RankSpec
 from .replica import replica
 
 
 def run_rank(spec: RankSpec, link: Connection) -> None:
     """Everything a rank does, its errors reported over `link`."""
-    _settle_down(spec)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean way out
+    torch.set_num_threads(1)  # ranks share the cores
     try:
         with ExitStack() as stack:
             if spec.size > 1:
@@ -44,7 +45,7 @@ def run_rank(spec: RankSpec, link: Connection) -> None:
             model = _from_disk(spec, link) if spec.role == "disk" else _from_peers(spec, link, stack)
             tokens, text = _generate(model, spec)
             link.send(Generated(tokens, text, checksums(model)))
-            _wait_for_stop(link)
+            wait_for_end(link)
     except KeyboardInterrupt:
         return
     except PeerloadError as error:
@@ -55,23 +56,12 @@ def run_rank(spec: RankSpec, link: Connection) -> None:
         link.send(Failed(f"{type(error).__name__}: {error}", 1))
 
 
-def _settle_down(spec: RankSpec) -> None:
-    """Output to the log, one compute thread for each rank, Ctrl-C left to the parent, SIGTERM a clean way out."""
-    log = os.open(spec.log_path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    torch.set_num_threads(1)
-
-
 def _from_disk(spec: RankSpec, link: Connection) -> PreTrainedModel:
     begun_s = _together(spec)
     model = stock_model(spec.model_dir, Parallel(tp=spec.size))
     built_s = time.perf_counter() - begun_s
     _touch(model)
-    link.send(Loaded(engine_s=built_s, whole_s=time.perf_counter() - begun_s))
+    link.send(RankLoaded(engine_s=built_s, whole_s=time.perf_counter() - begun_s))
     return model
 
 
@@ -96,7 +86,7 @@ def _from_peers(spec: RankSpec, link: Connection, stack: ExitStack) -> PreTraine
     )
     _touch(mine.opened.model)
     link.send(
-        Loaded(
+        RankLoaded(
             engine_s=mine.engine_s,
             whole_s=time.perf_counter() - begun_s,
             receipt=mine.receipt,
@@ -139,14 +129,6 @@ def _reporter(link: Connection) -> Callable[[str, int, int], None]:
             link.send(Progress(done, total))
 
     return report
-
-
-def _wait_for_stop(link: Connection) -> None:
-    try:
-        while link.recv() != "stop":
-            pass
-    except EOFError:  # the parent is gone
-        return
 
 
 def checksums(model: PreTrainedModel) -> dict[str, str]:

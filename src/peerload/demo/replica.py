@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..engines.checkpoint import Checkpoint
 from ..engines.transformers.open import OpenModel, open_model
-from ..job.load import Job, Member, load
+from ..job.load import Job, load
+from ..job.rank import Member, Rank, wrapped
 from ..job.seed import Seed
-from ..memory.placing import regions_within
-from ..memory.region import Region
 from ..model.catalog import Parallel
 from ..receipt import Receipt
 from ..transport.base import Transport
-from ..transport.registry import opened_transports
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,48 +53,15 @@ def replica(
     arena = opened.arena
     engine_s = time.perf_counter() - begun_s
 
-    def regions() -> list[Region]:
-        return regions_within(arena.region(), opened.address, opened.layout.buffer_nbytes, config.registration)
-
     with ExitStack() as stack:
         stack.callback(arena.close)
         on_opened()
         client = stack.enter_context(CoordinatorClient(config.url))
         model = checkpoint.key(config.model_name, config.revision)
-        with opened_transports(config) as transports:  # closed after the load: nothing of a seed stays open or mapped
-            job = Job(
-                model,
-                opened.layout,
-                opened.address,
-                regions(),
-                member,
-                {n: wrap(t) for n, t in transports.items()},
-                config,
-                coordinator=client,
-                arena=arena,
-                reserve=[checkpoint.offer()],
-                on_bytes=on_bytes,
-            )
-            receipt = load(job)
-            opened.accept()
+        rank = Rank(model, opened.layout, opened.address, arena, member, config, client)
+        receipt = load(Job(replace(rank, opening=wrapped(wrap)), [checkpoint.offer()], on_bytes=on_bytes))
+        opened.accept()
         seed = None
         if config.source:
-            serving = stack.enter_context(opened_transports(config))
-            for transport in serving.values():
-                transport.register(regions())
-            seed = Seed(
-                model,
-                opened.layout,
-                opened.address,
-                coordinator=client,
-                transports=serving,
-                instance=member.instance,
-                files=opened.files.contents,
-                attributes=attributes,
-                arena=arena if config.attach else None,
-                digests=config.verifies,
-                proven=receipt.digests,
-                threads=config.threads,
-            )
-            stack.enter_context(seed)
+            seed = stack.enter_context(Seed(rank, files=opened.files.contents, attributes=attributes, proven=receipt.digests))
         yield Replica(opened, receipt, engine_s, seed)

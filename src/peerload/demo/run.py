@@ -22,8 +22,8 @@ from ..console import Console
 from ..errors import ConfigError, HostError, PeerloadError
 from ..memory.speed import fresh_gb_per_s, memcpy_gb_per_s
 from ..receipt import Receipt
-from .events import Event, Generated, Loaded, Progress
-from .instance import Instance, RankSpec
+from .events import Event, Generated, Progress, RankLoaded, RankSpec
+from .instance import DemoInstance
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Story:
     target_tp: int
     memcpy_gb_per_s: float
     fresh_gb_per_s: float
-    target: list[Loaded]
+    target: list[RankLoaded]
     disk_s: float
     differing: list[str]
     tokens_equal: bool
@@ -86,8 +86,6 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
             size=seed_tp,
             model_dir=str(directory),
             config=config,
-            rendezvous="",
-            log_path="",
             prompts=PROMPTS,
             new_tokens=new_tokens,
         )
@@ -95,11 +93,11 @@ def tell(console: Console, seed_tp: int, target_tp: int, model: str, config: Con
         seed.wait_for(Generated, START_S)
         target_spec = dataclasses.replace(spec, instance="target", size=target_tp, config=config.replace(fallback="fail"))
         with _shown(console, target_spec, room, f"target TP{target_tp}: loads from the seed's memory") as target:
-            target_loaded, target_said = target.wait_for(Loaded, START_S), target.wait_for(Generated, START_S)
-        seed.stop()
+            target_loaded, target_said = target.wait_for(RankLoaded, START_S), target.wait_for(Generated, START_S)
+        seed.close()
         disk_spec = dataclasses.replace(target_spec, role="disk", instance="disk")
         with _shown(console, disk_spec, room, f"baseline TP{target_tp}: the engine's own load from disk") as disk:
-            disk_loaded, disk_said = disk.wait_for(Loaded, START_S), disk.wait_for(Generated, START_S)
+            disk_loaded, disk_said = disk.wait_for(RankLoaded, START_S), disk.wait_for(Generated, START_S)
     return Story(
         model=directory.resolve().name,
         model_nbytes=nbytes,
@@ -169,7 +167,7 @@ def coordinator(room: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _shown(console: Console, spec: RankSpec, room: Path, title: str) -> Iterator[Instance]:
+def _shown(console: Console, spec: RankSpec, room: Path, title: str) -> Iterator[DemoInstance]:
     """A running instance, with its progress on the console."""
     console.say(title)
     with console.rank_progress() as show:
@@ -178,7 +176,7 @@ def _shown(console: Console, spec: RankSpec, room: Path, title: str) -> Iterator
             if isinstance(event, Progress):
                 show(rank, event.done, event.total)
 
-        with Instance(spec, room, on_event) as instance:
+        with DemoInstance(spec, room, on_event) as instance:
             yield instance
 
 

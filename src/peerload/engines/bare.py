@@ -14,17 +14,14 @@ import numpy as np
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..errors import CommitError
-from ..job.load import Job, Member, load
+from ..job.load import Job, load
+from ..job.rank import Member, Opening, Rank, kept_open
 from ..memory.arena import Arena
-from ..memory.placing import regions_within
-from ..memory.region import Region
 from ..model.boxes import IntArray
 from ..model.catalog import ModelKey
 from ..model.layout import Layout
 from ..model.offer import Offer
 from ..receipt import Receipt
-from ..transport.files import FilesTransport
-from ..transport.local import LocalTransport
 from ..transport.registry import opened_transports
 
 
@@ -42,8 +39,17 @@ class BareRank:
         arena = Arena(Arena.room(sizes))
         return cls(layout, np.array([arena.place(n) for n in sizes], np.int64), arena)
 
-    def regions(self, registration: str) -> list[Region]:
-        return regions_within(self.arena.region(), self.address, self.layout.buffer_nbytes, registration)
+    def rank(
+        self,
+        model: ModelKey,
+        member: Member,
+        config: Config,
+        coordinator: CoordinatorClient | None,
+        opening: Opening = opened_transports,
+    ) -> Rank:
+        """Rank `layout.rank` of the instance of `member`."""
+        member = replace(member, rank=self.layout.rank)
+        return Rank(model, self.layout, self.address, self.arena, member, config, coordinator, opening=opening)
 
 
 @contextmanager
@@ -58,45 +64,28 @@ def bare_ranks(
     on_bytes: Callable[[int, int, int], None] = lambda *_: None,
 ) -> Iterator[list[tuple[BareRank, Receipt]]]:
     """Load every rank in this process, each on a thread of its own; yields ranks with receipts. Their memory is freed when
-    the block ends; the transports of the load are closed by then.
+    the block ends; the transports of the load, which they share, are closed by then.
 
     `member` names the instance; its size is that of the whole instance, or 1 for ranks that load by themselves.
     on_bytes(rank, done, wanted). Raises what `load` raises, the cause before ranks that only heard of it."""
+    given_up = Event()
+
+    def fill(rank: Rank) -> Receipt:
+        number = rank.layout.rank
+
+        def report(_phase: str, done: int, wanted: int) -> None:
+            if given_up.is_set():
+                raise CommitError(f"rank {number} was stopped")
+            on_bytes(number, done, wanted)
+
+        return load(Job(rank, reserve, on_bytes=report))
+
     with ExitStack() as stack:
-        ranks = []
-        for layout in layouts:
-            ranks.append(BareRank.of(layout))
-            stack.callback(ranks[-1].arena.close)
-        loading = ExitStack()
-        opened = stack.enter_context(loading).enter_context(opened_transports(config))
-        # With one rank there is nobody else who might start a transport that pins memory while pages are being replaced.
-        alone = len(layouts) == 1 or all(isinstance(t, LocalTransport | FilesTransport) for t in opened.values())
-        given_up = Event()
-
-        def fill(rank: BareRank) -> Receipt:
-            number = rank.layout.rank
-
-            def report(_phase: str, done: int, wanted: int) -> None:
-                if given_up.is_set():
-                    raise CommitError(f"rank {number} was stopped")
-                on_bytes(number, done, wanted)
-
-            job = Job(
-                model,
-                rank.layout,
-                rank.address,
-                rank.regions(config.registration),
-                replace(member, rank=number),
-                opened,
-                config,
-                coordinator=coordinator,
-                arena=rank.arena if alone else None,
-                reserve=reserve,
-                on_bytes=report,
-            )
-            return load(job)
-
-        with ThreadPoolExecutor(len(ranks), "peerload-rank") as pool:
+        bare = [BareRank.of(layout) for layout in layouts]
+        for one in bare:
+            stack.callback(one.arena.close)
+        with opened_transports(config) as opened, ThreadPoolExecutor(len(bare), "peerload-rank") as pool:
+            ranks = [one.rank(model, member, config, coordinator, kept_open(opened)) for one in bare]
             try:
                 futures = [pool.submit(fill, rank) for rank in ranks]
                 wait(futures)
@@ -106,5 +95,4 @@ def bare_ranks(
         errors = [error for f in futures if (error := f.exception()) is not None]
         if errors:
             raise min(errors, key=lambda e: isinstance(e, CommitError))
-        loading.close()  # nothing of a seed stays open or mapped
-        yield [(rank, f.result()) for rank, f in zip(ranks, futures, strict=True)]
+        yield [(one, f.result()) for one, f in zip(bare, futures, strict=True)]

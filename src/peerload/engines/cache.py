@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import ConfigError, ManifestError
 from ..model.catalog import Catalog, Parallel
-from ..model.layout import Constant, Layout, Opaque, Pieces
+from ..model.layout import Constant, Layout, Pieces
 
 #: Goes up whenever what is written changes.
 FORMAT: Final = 2
@@ -59,7 +59,7 @@ class LayoutKey:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class CachedTrace:
     """What is kept of a trace. derived: logical name -> reason, for tensors that only the engine can make; covers: -> the
     checkpoint tensors that it makes them of. made and hidden: as in `loader.Traced`."""
 
@@ -76,7 +76,7 @@ class LayoutCache:
 
     folder: Path
 
-    def get(self, key: LayoutKey) -> Kept | None:
+    def get(self, key: LayoutKey) -> CachedTrace | None:
         """None when there is no file, or none that can be used."""
         path = self.folder / key.filename
         try:
@@ -92,7 +92,7 @@ class LayoutCache:
             log.warning("cached layout %s is damaged or of another format and is made anew: %s", path, error)
             return None
 
-    def put(self, key: LayoutKey, kept: Kept) -> Path:
+    def put(self, key: LayoutKey, kept: CachedTrace) -> Path:
         """Returns the file's path. Raises ConfigError when the folder can't be written."""
         path = self.folder / key.filename
         scratch = ""
@@ -142,7 +142,7 @@ def device_capability() -> str:
     return "cuda {}.{}".format(*torch.cuda.get_device_capability())
 
 
-def _encoded(key: LayoutKey, kept: Kept) -> str:
+def _encoded(key: LayoutKey, kept: CachedTrace) -> str:
     layout, p = kept.layout, kept.layout.pieces
     head = {"format": FORMAT, "key": asdict(key)}
     body = json.dumps(
@@ -159,13 +159,12 @@ def _encoded(key: LayoutKey, kept: Kept) -> str:
             "tensors": [layout.catalog.names, layout.catalog.dtypes, layout.catalog.shapes],
             "pieces": {name: getattr(p, name).tolist() for name in _COLUMNS},
             "constants": [[c.buffer, c.offset, c.shape, c.strides, c.fill.hex()] for c in layout.constants],
-            "opaques": [[o.name, o.tag, o.buffer, o.offset, o.nbytes, o.covers, o.reason] for o in layout.opaques],
         }
     )
     return json.dumps({**head, "sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
 
 
-def _decoded(text: str, key: LayoutKey) -> Kept:
+def _decoded(text: str, key: LayoutKey) -> CachedTrace:
     """Raises one of the errors that `get` expects for everything that `_encoded` didn't write for this key."""
     first, body, _ = text.split("\n", 2)
     head = json.loads(first)
@@ -187,12 +186,11 @@ def _decoded(text: str, key: LayoutKey) -> Kept:
         np.array(found["buffers"][1], np.int64),
         pieces,
         tuple(Constant(b, at, tuple(shape), tuple(step), bytes.fromhex(fill)) for b, at, shape, step, fill in found["constants"]),
-        tuple(Opaque(n, tag, b, at, size, tuple(covers), why) for n, tag, b, at, size, covers, why in found["opaques"]),
         found["aliases"],
         found["ignored"],
         Parallel(**found["parallel"]),
         found["rank"],
     )
-    return Kept(
+    return CachedTrace(
         layout, found["derived"], tuple(found["made"]), found["hidden"], {n: tuple(c) for n, c in found["covers"].items()}
     )

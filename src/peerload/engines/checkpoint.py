@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ from typing import Final
 
 import numpy as np
 
+from ..config import Config
 from ..errors import ConfigError, ManifestError
 from ..model.boxes import Box, IntArray
 from ..model.catalog import ITEMSIZE, Catalog, ModelKey
@@ -267,3 +268,10 @@ def _shards(directory: Path) -> tuple[list[Path], Mapping[str, str]]:
         if path.parent != directory or not _is_file(path):
             raise ConfigError(f"{directory}: the index names {path.name}, which isn't there", next_step="download it again")
     return shards, index
+
+
+def found_or_downloaded(model: str, config: Config, download: Callable[[], str]) -> Path:
+    """The directory of the checkpoint that an engine calls `model`, downloaded if it isn't on this host. Not downloaded, and then
+    not there, if `config` names the model and revision: seeds say what such a checkpoint holds."""
+    directory = Path(model)
+    return directory if directory.is_dir() or (config.model_name and config.revision) else Path(download())

@@ -131,8 +131,8 @@ def _shallow(value: object, where: str, room: int) -> None:
     """Raises ManifestError where lists and objects are nested deeper than `room`."""
     level = [value]
     for _ in range(room + 1):
-        level = [v for v in level if isinstance(v, dict | list)]
-        if not level:
+        nested = [v for v in level if isinstance(v, dict | list)]
+        if not nested:
             return
-        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+        level = [inner for v in nested for inner in (v.values() if isinstance(v, dict) else v)]
     raise ManifestError(where, f"is nested deeper than {_MOST_NESTED} levels")

@@ -1,13 +1,15 @@
 """What a rank has loaded, and how much of it is still there after the engine's post-processing.
 
-Post-processing may leave a parameter alone, move it, rewrite it in place (requantize, repack) or free it. Nobody is asked
-which: the digests taken before are compared with those of the memory afterwards.
+Post-processing may leave a parameter alone, move it, rewrite all or a part of it in place (requantize, repack) or free it.
+Nobody is asked which: the digests taken before, of the bytes and of what recipes make of them, are compared with those of the
+memory afterwards, piece by piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from ..model.boxes import IntArray
 from ..model.layout import Layout, Pieces
 from ..receipt import readable
 from ..tracing.reachable import reachable_tensors
-from ..tracing.trace import Traced
+from .recipes import Taking, names_of, renamed
 
 REWRITTEN = "rewritten by post-processing"
 FREED = "freed by post-processing"
@@ -29,53 +31,85 @@ FREED = "freed by post-processing"
 @dataclass(frozen=True, slots=True, eq=False)
 class Offered:
     """What a seed can give: `layout`, its buffers at `address`. memory: bytes of each buffer, which keep it alive. copies:
-    how many of the buffers, the last ones, are copies taken before post-processing. lost: reason by parameter not offered.
-    proven: digest of each piece, by row of the layout, as the bytes had it when they arrived."""
+    how many of the buffers, the last ones, are copies taken before post-processing. rewritten_nbytes: of pieces that are offered
+    as what a recipe made of them. lost: reason by parameter of which a part or all is not offered. proven: digest of each piece,
+    by row of the layout, as the bytes had it when they arrived."""
 
     layout: Layout
     address: IntArray
     memory: list[Tensor]
     copies: int
+    rewritten_nbytes: int
     lost: Mapping[str, str]
     proven: Mapping[int, int]
 
     def __str__(self) -> str:
-        text = f"{readable(int(self.layout.buffer_nbytes.sum()))} of {len(self.memory)} parameters as they were loaded"
+        nbytes, count = self.layout.nbytes, len(set(self.layout.buffer_names))
+        text = f"{readable(nbytes - self.rewritten_nbytes)} of {count} parameters as they were loaded"
+        if self.rewritten_nbytes:
+            text += f", {readable(self.rewritten_nbytes)} as post-processing has made it"
         if self.copies:
             copied = sum(m.nbytes for m in self.memory[-self.copies :])
             text += f", {readable(copied)} of them ({self.copies} parameters) in copies"
         if self.lost:
             name, reason = next(iter(self.lost.items()))
-            text += f"; {len(self.lost)} are not offered ({name}: {reason}), targets get them elsewhere"
+            text += f"; {len(self.lost)} are not offered whole ({name}: {reason}), targets get the rest elsewhere"
         return text
+
+
+class _Section(NamedTuple):
+    """Pieces `rows` of a layout, in `memory` by row of their buffer. names: of R by piece, if it is R that they hold. digests:
+    [pieces]."""
+
+    memory: Mapping[int, Tensor]
+    rows: IntArray
+    names: Mapping[int, str]
+    digests: DigestArray
 
 
 @dataclass(slots=True, eq=False)
 class Loaded:
     """The buffers of `layout` at `address`, as the engine's loader would have left them. Keeps no tensor of the model alive.
 
-    before: [pieces] digests; copies: clones of some buffers, by row, as bytes."""
+    before: [pieces] digests; recipes: what post-processing may make of some pieces, by row: names and digests of R, one or
+    several; copies: clones of some buffers, by row, as bytes."""
 
     layout: Layout
     address: IntArray
     space: Space
     before: DigestArray
+    recipes: list[tuple[dict[int, str], dict[int, int]]] = field(default_factory=list)
     copies: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, traced: Traced, *, retain_nbytes: int, threads: int) -> Loaded:
+    def of(
+        cls,
+        choice: Taking,
+        *,
+        retain_nbytes: int,
+        staging_nbytes: int,
+        threads: int,
+    ) -> Loaded:
         """Hashes everything, and clones the smallest tensors as long as they fit `retain_nbytes`: scales and the like, which
-        post-processing rewrites most often."""
+        post-processing rewrites most often. Of what has come as the checkpoint has it, R is computed within `staging_nbytes`.
+        Scales that a target needs as they were are cloned in any case."""
+        traced = choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         space = space_on(device_of(tensors))
-        loaded = cls(traced.layout, address, space, digest_layout(space, traced.layout, address, threads=threads))
+        layout = choice.layout
+        loaded = cls(layout, address, space, digest_layout(space, layout, address, threads=threads))
+        for group in choice.others:
+            result = renamed(traced.layout, names_of([group]))
+            pair = tensors[group.weight], tensors[group.scale]
+            found = group.digests(result, *pair, space, staging_nbytes=staging_nbytes, threads=threads)
+            loaded.recipes.append((dict(group.rewritten), found))
+        always = {group.scale for group in choice.groups if not group.recipe.changes_scales}
         left = retain_nbytes
         for row in np.argsort(traced.layout.buffer_nbytes, kind="stable").tolist():
-            left -= tensors[row].nbytes
-            if left < 0:
-                break
-            loaded.copies[row] = _bytes(tensors[row]).clone()
+            if left >= tensors[row].nbytes or row in always:
+                left -= tensors[row].nbytes
+                loaded.copies[row] = _bytes(tensors[row]).clone()
         return loaded
 
     def prove(self, digests: Mapping[int, int]) -> None:
@@ -83,41 +117,90 @@ class Loaded:
         self.before[list(digests)] = list(digests.values())
 
     def offered(self, model: nn.Module, *, threads: int) -> Offered:
-        """What is left of it in `model`, in place, or else in our copies. Gives up the copies that aren't needed."""
-        alive = _Storages(model, self.space.device)
-        found: dict[int, Tensor] = {}
+        """What is left of it in `model`, piece by piece: as it was, as a recipe makes it (or both, if other pieces of the group
+        were rewritten), or else in our copies. Gives up the copies that aren't needed."""
+        alive = Spans(model, self.space.device)
+        memory: dict[int, Tensor] = {}
         for row, (address, nbytes) in enumerate(zip(self.address.tolist(), self.layout.buffer_nbytes.tolist(), strict=True)):
-            memory = alive.at(address, nbytes)
-            if memory is not None:
-                found[row] = memory
-        rewritten = found.keys() - self._intact(found, threads)
-        for row in rewritten:
-            del found[row]
-        copies = {row: copy for row, copy in self.copies.items() if row not in found}
-        self.copies.clear()
-        for row in copies.keys() - self._intact(copies, threads):
-            rewritten |= {row}
-            del copies[row]
-        lost = {
-            name: REWRITTEN if row in rewritten else FREED
-            for row, name in enumerate(self.layout.buffer_names)
-            if row not in found and row not in copies
-        }
-        memory = found | copies
-        kept, layout = _part(self.layout, list(memory), lost)
-        address = np.array([m.data_ptr() for m in memory.values()], np.int64)
-        proven = dict(enumerate(self.before[kept].tolist()))
-        return Offered(layout, address, list(memory.values()), len(copies), lost, proven)
+            found = alive.at(address, nbytes)
+            if found is not None:
+                memory[row] = found
+        same = self._same(memory, np.arange(len(self.layout.pieces)), self.layout, self.before, threads)
+        changed = set(range(len(self.layout.pieces))) - set(same.tolist())
+        made_of = np.zeros(len(self.layout.pieces), np.uint64)
+        names: dict[int, str] = {}
+        both: dict[int, str] = {}
+        for rewritten, made in self.recipes:
+            if not changed & made.keys():
+                continue
+            rows = np.array(sorted(made), np.int64)
+            wanted = np.zeros(len(self.layout.pieces), np.uint64)
+            wanted[rows] = [made[row] for row in rows.tolist()]
+            for row in self._same(memory, rows, renamed(self.layout, rewritten), wanted, threads).tolist():
+                (names if row in changed else both)[row] = rewritten[row]
+                made_of[row] = made[row]
+            changed -= names.keys()
+        copies, self.copies = self.copies, {}
+        lacking = np.array(sorted(changed | names.keys()), np.int64)  # a scale may be needed as it was, too
+        kept = self._same(copies, lacking, self.layout, self.before, threads)
+        parts = [
+            _Section(memory, same, {}, self.before),
+            _Section(memory, np.array(sorted(names | both), np.int64), names | both, made_of),
+            _Section(copies, kept, {}, self.before),
+        ]
+        gone = np.array(sorted(changed - set(kept.tolist())), np.int64)
+        lost = {row: REWRITTEN if row in memory else FREED for row in self.layout.pieces.buffer[gone].tolist()}
+        return self._offered(parts, lost, self._ignored(lost, gone, np.setdiff1d(list(names), kept)))
 
-    def _intact(self, memory: Mapping[int, Tensor], threads: int) -> set[int]:
-        """Rows of the buffers, now in `memory`, of which every piece still has its digest."""
-        rows = np.array(sorted(memory), np.int64)
+    def _offered(self, parts: Sequence[_Section], lost: Mapping[int, str], ignored: Mapping[str, str]) -> Offered:
+        """Each part has buffers of its own, which may be the same memory. The second one is of rewritten pieces, the last one of
+        copies."""
+        layout = renamed(self.layout, parts[1].names)
+        pieces, held, number, rows, tensor = layout.pieces, list[Tensor](), [], [], []
+        buffers: list[int] = []
+        for part in parts:
+            used, which = np.unique(pieces.buffer[part.rows], return_inverse=True)
+            number.append(len(buffers) + which)
+            rows.append(part.rows)
+            tensor.append((pieces if part.names else self.layout.pieces).tensor[part.rows])
+            buffers += used.tolist()
+            held += [part.memory[row] for row in used.tolist()]
+        which = np.concatenate(rows)
+        start, stop, offset, stride = (getattr(pieces, column)[which] for column in ("start", "stop", "offset", "stride"))
+        whole = replace(
+            layout,
+            buffer_names=tuple(layout.buffer_names[row] for row in buffers),
+            buffer_nbytes=layout.buffer_nbytes[buffers],
+            pieces=Pieces(np.concatenate(tensor), start, stop, np.concatenate(number), offset, stride),
+            constants=(),
+            ignored=ignored,
+        )
+        digests = np.concatenate([part.digests[part.rows] for part in parts])
+        return Offered(
+            whole,
+            np.array([m.data_ptr() for m in held], np.int64),
+            held,
+            len(np.unique(pieces.buffer[parts[-1].rows])),
+            int(layout.piece_nbytes[parts[1].rows].sum()),
+            {layout.buffer_names[row]: reason for row, reason in lost.items()},
+            dict(enumerate(digests.tolist())),
+        )
+
+    def _ignored(self, lost: Mapping[int, str], gone: IntArray, rewritten: IntArray) -> Mapping[str, str]:
+        """Why tensors are not offered as the checkpoint has them. lost: reason by buffer, of the pieces `gone`."""
+        layout, found = self.layout, dict(self.layout.ignored)
+        for piece in [*gone.tolist(), *rewritten.tolist()]:
+            buffer = int(layout.pieces.buffer[piece])
+            found[layout.tensor_of(piece).name] = f"{layout.buffer_names[buffer]} was {lost.get(buffer, REWRITTEN)}"
+        return found
+
+    def _same(self, memory: Mapping[int, Tensor], rows: IntArray, layout: Layout, wanted: DigestArray, threads: int) -> IntArray:
+        """Those of these pieces whose bytes, now in `memory` by row of their buffer, have the digests `wanted` [pieces]."""
         address = self.address.copy()
-        address[rows] = [memory[row].data_ptr() for row in rows.tolist()]
-        pieces = np.flatnonzero(np.isin(self.layout.pieces.buffer, rows))
-        now = digest_layout(self.space, self.layout, address, rows=pieces, threads=threads)
-        changed = self.layout.pieces.buffer[pieces[now != self.before[pieces]]]
-        return set(np.setdiff1d(rows, changed).tolist())
+        address[list(memory)] = [m.data_ptr() for m in memory.values()]
+        rows = rows[np.isin(layout.pieces.buffer[rows], list(memory))]
+        now = digest_layout(self.space, layout, address, rows=rows, threads=threads)
+        return rows[now == wanted[rows]]
 
 
 def device_of(tensors: list[Tensor]) -> str:
@@ -131,7 +214,7 @@ def device_of(tensors: list[Tensor]) -> str:
     return devices.pop()
 
 
-class _Storages:
+class Spans:
     """The memory that a model's tensors keep alive on one device."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
@@ -160,27 +243,3 @@ def _bytes(tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
     begin = tensor.data_ptr() - storage.data_ptr()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (tensor.nbytes,))
-
-
-def _part(layout: Layout, rows: list[int], lost: Mapping[str, str]) -> tuple[IntArray, Layout]:
-    """The buffers `rows` of a layout, in that order, and what lies in them; and which of its pieces that is."""
-    number = np.full(len(layout.buffer_names), -1, np.int64)
-    number[rows] = np.arange(len(rows))
-    which = np.flatnonzero(number[layout.pieces.buffer] >= 0)
-    kept = layout.pieces.take(which)
-    pieces = Pieces(kept.tensor, kept.start, kept.stop, number[kept.buffer], kept.offset, kept.stride)
-    return which, replace(
-        layout,
-        buffer_names=tuple(layout.buffer_names[r] for r in rows),
-        buffer_nbytes=layout.buffer_nbytes[rows],
-        pieces=pieces,
-        constants=(),
-        ignored={**layout.ignored, **dict(_ignored(layout, lost))},
-    )
-
-
-def _ignored(layout: Layout, lost: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for piece, buffer in enumerate(layout.pieces.buffer.tolist()):
-        name = layout.buffer_names[buffer]
-        if name in lost:
-            yield layout.tensor_of(piece).name, f"{name} was {lost[name]}"

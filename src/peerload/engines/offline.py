@@ -26,7 +26,7 @@ from ..model.layout import Layout
 
 if TYPE_CHECKING:
     from ..tracing.probe.run import Probed
-    from .cache import Kept, LayoutCache, LayoutKey
+    from .cache import CachedTrace, LayoutCache, LayoutKey
     from .checkpoint import Checkpoint, ModelFiles
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ _IN_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 class Answer:
     """What an engine says of a rank. seconds: to derive or read it, imports apart. cached: it came out of a file."""
 
-    kept: Kept
+    kept: CachedTrace
     seconds: float
     cached: bool
 
@@ -147,14 +147,14 @@ class Engine:
             cache.put(key, new)
         return Answer(new, seconds, cached=False)
 
-    def _derived(self, parallel: Parallel, rank: int) -> Kept:
-        from .cache import Kept
+    def _derived(self, parallel: Parallel, rank: int) -> CachedTrace:
+        from .cache import CachedTrace
 
         if self.name == "transformers":
-            return Kept(self._module().layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
+            return CachedTrace(self._module().layout_for(self.files, parallel, rank, self.catalog, kept_casts=True))
         traced = self._module().trace_layout(self.files, parallel, rank, catalog=self.catalog, **self._asked)
         reasons, covers = ({name: getattr(d, what) for name, d in traced.derived.items()} for what in ("reason", "covers"))
-        return Kept(traced.layout, reasons, traced.made, traced.hidden, covers)
+        return CachedTrace(traced.layout, reasons, traced.made, traced.hidden, covers)
 
     @property
     def _asked(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, HostError
-from ..tracing.recorder import DTYPES
+from ..tracing.dtypes import DTYPES
 from .bare import BareRank
 
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -28,19 +28,30 @@ from torch import Tensor, nn
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, ConfigError, CoordinatorError, DeadlineExceeded, LayoutError, PeerloadError
-from ..job.load import Job, Member, load
+from ..errors import (
+    ConfigError,
+    CoordinatorError,
+    DeadlineExceeded,
+    LayoutError,
+    PeerloadError,
+    VerifyError,
+    reason_of,
+)
+from ..job.exchange import Group
+from ..job.load import Job, load
+from ..job.rank import Member, Rank
 from ..job.seed import Seed
 from ..memory.placing import placed, regions_for
 from ..memory.region import Region
-from ..memory.space import space_on
 from ..model.catalog import Catalog, ModelKey, Parallel, is_derived
 from ..receipt import Receipt, readable
 from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
-from ..transport.registry import opened_transports
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
+from .recipes import Taking, groups_of
+from .settle import Said, Unsettled, held_by_seeds
+from .versions import warn_unless_tested
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +95,16 @@ class Launch(NamedTuple):
             raise kind(self.alone, next_step="start it, or give its url")
 
 
+class World(Protocol):
+    """The engine's own group of all ranks of the instance."""
+
+    rank_in_group: int
+    world_size: int
+
+    def broadcast_object(self, value: object) -> Any:  # noqa: ANN401 - what rank 0 gives
+        """The value of rank 0, on every rank. Collective."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Which rank of which instance this is. `engine` is its name and version, as in "vllm 0.32.0"."""
@@ -94,16 +115,26 @@ class Identity:
     rank: int
     size: int
 
+    @classmethod
+    def agreed(cls, engine: str, config: Config, world: World, parallel: Parallel) -> Self:
+        """This process's, with the launch that rank 0 tells all. Collective: all ranks of the instance call it."""
+        launch = world.broadcast_object(Launch.now(config) if world.rank_in_group == 0 else None)
+        return cls(engine, Launch(*launch), parallel, world.rank_in_group, world.world_size)
+
     @property
     def instance(self) -> str:
         return self.launch.instance
 
+    @property
+    def member(self) -> Member:
+        return Member(self.instance, self.rank, self.size, self.launch.number)
+
 
 class Worker:
-    """Use: `load` before the engine's post-processing, `serve` after it, `close` in the end. Not thread-safe.
+    """Use: `load` before the engine's post-processing, `settle` and `serve` after it, `close` in the end. Not thread-safe.
 
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
-    engine calls the model, a name or a path. load_weights: the model's own loader, as the engine calls it. finish: what the
+    engine calls the model, a name or a path. engine_loader: the model's own loader, as the engine calls it. finish: what the
     engine computes out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there;
     None if it has no such step."""
 
@@ -113,14 +144,16 @@ class Worker:
         config: Config,
         directory: Callable[[], Path],
         *,
-        load_weights: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
+        engine_loader: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
         known_as: str = "",
     ) -> None:
         self._identity, self._config, self._find, self._known_as = identity, config, directory, known_as
-        self._load_weights, self._finish = load_weights, finish
+        self._engine_loader, self._finish = engine_loader, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
+        self._unsettled: Unsettled | None = None
+        self._settles = False  # does any rank hold what recipes have made?
 
     @cached_property
     def _directory(self) -> Path:
@@ -130,31 +163,65 @@ class Worker:
         """Fill the parameters of `model`, of which nothing has been loaded yet. All ranks return, or all raise, and then the
         model must not be used: NotFollowed if the engine may load it from disk (`fallback`), else what went wrong here, or
         CommitError with what went wrong on another rank."""
-        try:
+        with self._or_from_disk():
             return self._load(model)
+
+    @contextmanager
+    def _or_from_disk(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            self._loaded = None
+            self._loaded = self._unsettled = None
             if self._config.fallback != "disk":
                 raise
             if not isinstance(error, PeerloadError):
                 log.exception(
                     "peerload: rank %d failed", self._identity.rank
                 )  # ours or the engine's bug, and no reason not to serve
-            raise NotFollowed("; ".join(map(str.strip, _reason(error).splitlines()))[:_REASON]) from error
+            raise NotFollowed("; ".join(map(str.strip, reason_of(error).splitlines()))[:_REASON]) from error
 
     def _load(self, model: nn.Module) -> Receipt:
-        deadline = Deadline.after(self._config.deadline_s)
-        with ExitStack() as stack:
-            with self._together(deadline) as loading:
-                key, catalog, checkpoint = self._source(deadline)
-                loading.append(str(key))
+        if self._identity.rank == 0:
+            warn_unless_tested(self._identity.engine)
+        deadline, waiting = Deadline.after(self._config.deadline_s), Deadline.after(self._config.wait_s)
+        with CoordinatorClient(self._config.url) as client:
+            with self._together(client, "begin", deadline) as said:
+                key, catalog, checkpoint = self._source(client, deadline)
+                said.key = str(key)
                 traced = self._trace(model, catalog)
-                job = self._job(model, key, checkpoint, traced, deadline, stack)
+                groups = groups_of(traced)
+                held = held_by_seeds(client, key, groups, waiting, deadline) if groups else {}
+                said.seeds = frozenset(held) if groups else None
+            with self._together(client, "choose", deadline) as choosing:
+                choice = Taking.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
+                choosing.recipes = bool(choice.taken)
+                left = self._config.replace(deadline_s=deadline.remaining_s, wait_s=waiting.remaining_s)
+                job = self._job(model, key, checkpoint, choice, left, client)
+            self._settles = choosing.recipes
             receipt = load(job)
         self._report(receipt)
+        digests = choice.without(receipt.left).arrived(receipt.digests)
         if self._loaded is not None:
-            self._loaded[1].prove(receipt.digests)
+            self._loaded[1].prove(digests)
+        if self._unsettled is not None:
+            self._unsettled.prove(digests)
         return receipt
+
+    def settle(self, model: nn.Module) -> None:
+        """After the engine's post-processing, and before the model is used: has it left what came from seeds in post-processed
+        form as they had it? All ranks return, or all raise as `load` does."""
+        if not self._settles:
+            return
+        unsettled, self._unsettled = self._unsettled, None
+        with self._or_from_disk(), CoordinatorClient(self._config.url) as client:
+            with self._together(client, "settle", Deadline.after(self._config.deadline_s)) as said:
+                said.problem = unsettled.problem(model, threads=self._config.threads) if unsettled is not None else ""
+            if said.problem:
+                raise VerifyError(
+                    f"{self._identity.instance}, {said.problem}",
+                    next_step="the seed's kernels are others: allow fallback=disk, or load from a seed with the same kernels",
+                )
+        self._say("what came in post-processed form is as the seeds have it, on all ranks")
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there
@@ -182,23 +249,10 @@ class Worker:
             return None
         client = self._stack.enter_context(CoordinatorClient(self._config.url))
         self._stack.callback(offered.memory.clear)  # after the transports, which read it
-        transports = self._stack.enter_context(opened_transports(self._config, loaded.space.device))
-        for transport in transports.values():
-            transport.register(_regions(offered.memory, self._config))
-        seed = Seed(
-            key,
-            offered.layout,
-            offered.address,
-            coordinator=client,
-            transports=transports,
-            instance=self._identity.instance,
-            files=self._files(),
-            attributes={"engine": self._identity.engine},
-            space=loaded.space,
-            digests=self._config.verifies,
-            proven=offered.proven,
-            threads=self._config.threads,
-        )
+        regions = _regions(offered.memory, self._config)
+        member, device = self._identity.member, loaded.space.device
+        rank = Rank(key, offered.layout, offered.address, regions, member, self._config, client, device)
+        seed = Seed(rank, files=self._files(), attributes={"engine": self._identity.engine}, proven=offered.proven)
         self._stack.enter_context(seed)
         self._say("seed %s of %s, each rank with %s", self._identity.instance, key, offered)
         return seed
@@ -208,34 +262,18 @@ class Worker:
         self._stack.close()
 
     @contextmanager
-    def _together(self, deadline: Deadline) -> Iterator[list[str]]:
+    def _together(self, client: CoordinatorClient, step: str, deadline: Deadline) -> Iterator[Said]:
         """If the block fails on one rank, it fails on all: the others raise CommitError with the reason, and none of them waits
-        for a load that won't begin. The block appends what it loads, and all raise CommitError if that isn't the same."""
-        who, loading = self._identity, list[str]()
-        if who.size == 1:
-            yield loading
-            return
-        group = f"{who.instance}/{who.launch.number}/begin"
-        with CoordinatorClient(self._config.url) as client:
-            try:
-                yield loading
-            except BaseException as error:
-                try:
-                    client.abort(group, 0, who.rank, who.size, _reason(error))
-                except PeerloadError as unheard:
-                    log.warning("peerload: rank %d could not tell the others that it gave up: %s", who.rank, unheard.message)
-                raise
-            try:
-                heard = client.agree(group, 0, who.rank, who.size, "".join(loading).encode(), deadline)
-            except CommitError as error:
-                raise CommitError(error.message.partition(": ")[2], next_step=error.next_step) from error
-        for rank, said in enumerate(heard):
-            if said != heard[0]:
-                raise CommitError(
-                    f"ranks 0 and {rank} would load different models: {heard[0].decode(errors='replace')} and "
-                    f"{said.decode(errors='replace')}",
-                    next_step="give all hosts the same checkpoint, or set model_name and revision in the configuration",
-                )
+        for a load that won't begin. The block says what it has to say; afterwards, that is what all ranks say together."""
+        who, said = self._identity, Said()
+        group = Group(f"{who.member.group}/{step}", who.rank, who.size, client, deadline)
+        try:
+            yield said
+            heard = group.tell(said.encode())
+        except BaseException as error:
+            group.abort(error)
+            raise
+        said.join(heard)
 
     def _files(self) -> Mapping[str, bytes]:
         """The model's small files, for targets that have none."""
@@ -244,7 +282,7 @@ class Worker:
         except ConfigError:
             return {}
 
-    def _source(self, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
+    def _source(self, client: CoordinatorClient, deadline: Deadline) -> tuple[ModelKey, Catalog, Checkpoint | None]:
         """What is loaded: the model, its checkpoint's tensors, and the checkpoint itself if this host has it. Where it hasn't, a
         seed of the model and revision that the configuration names says which tensors there are."""
         config, launch = self._config, self._identity.launch
@@ -259,20 +297,19 @@ class Worker:
             return key, checkpoint.catalog, checkpoint
         key = ModelKey(config.model_name, config.revision)
         problem = f"{self._directory} is no checkpoint, and nobody offers {key}"
-        with CoordinatorClient(config.url) as client:
-            try:
-                offers = client.wait_for(key, deadline.within(config.wait_s), bool)
-            except DeadlineExceeded as error:
-                raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
+        try:
+            offers = client.wait_for(key, deadline.within(config.wait_s), bool)
+        except DeadlineExceeded as error:
+            raise ConfigError(problem, next_step="start a seed, or give it time with wait_s") from error
         return key, Catalog.of(spec for spec in offers[0].layout.catalog if not is_derived(spec.name)), None
 
     def _trace(self, model: nn.Module, catalog: Catalog) -> Traced:
         begun_s, who = time.perf_counter(), self._identity
 
-        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> object:
-            return self._load_weights(model, weights)
+        def feed(weights: Iterable[tuple[str, Tensor]]) -> object:
+            return self._engine_loader(model, weights)
 
-        traced = trace_loader(model, load_weights, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
+        traced = trace_loader(model, feed, catalog, parallel=who.parallel, rank=who.rank, engine=who.engine)
         require_covered(traced, model, who.engine)
         if traced.hidden and self._finish is None:
             path, how = next(iter(traced.hidden.items()))
@@ -293,43 +330,47 @@ class Worker:
         return traced
 
     def _job(
-        self, model: nn.Module, key: ModelKey, checkpoint: Checkpoint | None, traced: Traced, deadline: Deadline, stack: ExitStack
+        self,
+        model: nn.Module,
+        key: ModelKey,
+        checkpoint: Checkpoint | None,
+        choice: Taking,
+        config: Config,
+        client: CoordinatorClient,
     ) -> Job:
-        """This rank's load, with everything open that it needs until `stack` is closed."""
-        who, config = self._identity, self._config.replace(deadline_s=deadline.remaining_s)
+        """This rank's load. config: with what is left of the deadlines."""
+        traced = choice.traced
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         device = device_of(tensors)
-        space_on(device)  # a device that can't be used is found out here, not between votes
+        regions, member = _regions(tensors, config), self._identity.member
 
         def complete(left: tuple[str, ...]) -> None:
             if left:
                 assert checkpoint is not None, "nothing is left without one"
-                self._derive(model, checkpoint, traced, left)
+                self._derive(model, checkpoint, choice, left)
+            come = choice.without(left)
+            if come.taken:
+                self._unsettled = Unsettled.of(come, threads=config.threads)
             if config.source:  # before the engine's last step, which targets take themselves
-                kept = {"retain_nbytes": config.retain_bytes, "threads": config.threads}
-                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(traced, **kept)))
+                limits = {"retain_nbytes": config.retain_bytes, "staging_nbytes": config.staging_bytes, "threads": config.threads}
+                self._loaded = self._unless_it_fails(lambda: (key, Loaded.of(come, **limits)))
+            come.prepare(config.staging_bytes)
             if self._finish is not None:  # whatever the trace saw of it: kernels of its own escape it
                 self._finish(model)
 
         return Job(
-            key,
-            traced.layout,
-            address,
-            _regions(tensors, config),
-            Member(who.instance, who.rank, who.size, who.launch.number),
-            stack.enter_context(opened_transports(config, device)),
-            config,
-            coordinator=stack.enter_context(CoordinatorClient(config.url)),
+            Rank(key, choice.layout, address, regions, member, config, client, device),
             reserve=[checkpoint.offer()] if checkpoint else [],
             derives=checkpoint is not None and config.fallback == "disk",
-            on_bytes=_Progress(self._say),
+            on_bytes=_ProgressLine(self._say),
             complete=complete,
         )
 
-    def _derive(self, model: nn.Module, checkpoint: Checkpoint, traced: Traced, names: Sequence[str]) -> None:
+    def _derive(self, model: nn.Module, checkpoint: Checkpoint, choice: Taking, names: Sequence[str]) -> None:
         """Have the engine make what it computes from the checkpoint while it loads, and no seed has."""
-        derived = [traced.derived[name] for name in names]
+        known = choice.derived
+        derived = [known[name] for name in names]
         wanted = sorted({name for d in derived for name in d.covers})
         self._say(
             "no seed has %d derived tensors (%s: %s): %s makes them from %d checkpoint tensors on disk",
@@ -339,7 +380,7 @@ class Worker:
             self._identity.engine,
             len(wanted),
         )
-        self._load_weights(model, _stored(checkpoint, wanted))
+        self._engine_loader(model, _stored(checkpoint, wanted))
 
     def _report(self, receipt: Receipt) -> None:
         """What came from where, how fast, and whether it is proven."""
@@ -373,7 +414,7 @@ class Worker:
         log.log(logging.INFO if self._identity.rank == 0 else logging.DEBUG, f"peerload: {text}", *values)
 
 
-class _Progress:
+class _ProgressLine:
     """A line now and then."""
 
     def __init__(self, say: Callable[..., None]) -> None:
@@ -392,10 +433,6 @@ def free_given_up() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    return error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
 
 
 def _regions(tensors: Iterable[Tensor], config: Config) -> list[Region]:

@@ -1,9 +1,4 @@
-"""The bytes are proven after they moved: what target ranks measured against what the seeds announced.
-
-A seed announces a digest for each box it holds (`Claims`); a target rank measures the boxes it copied (`Measured`). Ranks
-exchange their measurements as bytes and each computes the same `Verdict` from the same arguments, without I/O. A claim is
-checked wherever measured boxes, of whichever ranks, tile its box exactly: their digests must add up to it.
-"""
+"""What sources announced (`Claims`) and what target ranks measured (`Measured`), which ranks exchange as bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ import numpy as np
 from ..errors import ManifestError, VerifyError
 from ..model.boxes import IntArray, pad_left, volumes
 from ..model.catalog import Catalog, TensorSpec, is_derived
-from ..model.offer import Offer, SourceId
+from ..model.offer import ALGORITHM, Offer, SourceId
 from .digest import PRIME, DigestArray, tensor_keys
 
 _MAGIC: Final = b"PLM1"
@@ -140,7 +135,8 @@ class Measured:
         """For the exchange between ranks: about 10 bytes a row, the digests above all."""
         common, derived = _split(self.catalog)
         sources = [(s.instance, s.rank, s.generation) for s in self.sources]
-        head = {"rows": len(self), "catalog": _fingerprint(common), "derived": derived, "sources": sources}
+        fingerprint = _fingerprint(common)
+        head = {"algorithm": ALGORITHM, "rows": len(self), "catalog": fingerprint, "derived": derived, "sources": sources}
         text = json.dumps(head).encode()
         tensor = _rows_of(Catalog.of([*common, *derived]), self.catalog)[self.tensor] if derived else self.tensor
         table = np.column_stack([self.rank, tensor, self.source, self.start, self.stop]).astype("<i8")
@@ -157,6 +153,8 @@ class Measured:
             (size,) = struct.unpack_from("<I", data, len(_MAGIC))
             at = len(_MAGIC) + 4 + size
             head = json.loads(data[at - size : at])
+            if head["algorithm"] != ALGORITHM:
+                raise VerifyError(f"a rank measured by another digest than {ALGORITHM}: {head['algorithm']!r:.80}")
             n, theirs = max(0, int(head["rows"])), head["catalog"]
             sources = tuple(SourceId(str(name), int(number), str(generation)) for name, number, generation in head["sources"])
             digest = np.frombuffer(data, "<u8", n, at).astype(np.uint64)

@@ -20,6 +20,8 @@ What it catches. Arithmetic is in a field, so a product is zero only if a factor
 What it doesn't. A and B are fixed and public: a guard against accidents, not against somebody who computes a collision.
 All-zero data has digest 0, and so have no bytes at all: whether bytes are missing is for the comparison to count.
 
+Announcements and measurements name this algorithm (`model.offer.ALGORITHM`): numbers of two algorithms are never compared.
+
 On a GPU: with the limbs of B (21 bits each) a segment's three sums fit a signed 64-bit integer, so that plain int64 tensor
 operations do; tests/property/test_digest.py has it in torch.
 """
@@ -37,7 +39,6 @@ import numpy.typing as npt
 
 from ..model.boxes import IntArray, volumes
 from ..model.catalog import Catalog
-from ..model.layout import Layout
 from ..native._lib import ffi, lib
 
 PRIME: Final = (1 << 61) - 1
@@ -48,17 +49,6 @@ DigestArray = npt.NDArray[np.uint64]
 _GRAIN_NBYTES: Final = 4 << 20
 #: Less than this isn't worth a second thread, bytes.
 _ALONE_NBYTES: Final = 1 << 20
-
-
-def digest_parts(
-    layout: Layout, address: IntArray, piece: IntArray, start: IntArray, stop: IntArray, *, threads: int = 0
-) -> DigestArray:
-    """[n] digests of boxes start[n, width]..stop[n, width] that lie inside the layout's pieces `piece[n]`, its buffers at
-    `address` [buffers]; for the rest see `digest_boxes`."""
-    pieces = layout.pieces
-    stride = pieces.stride[piece]
-    where = address[pieces.buffer[piece]] + pieces.offset[piece] + ((start - pieces.start[piece]) * stride).sum(axis=1)
-    return digest_boxes(layout.catalog, pieces.tensor[piece], start, stop, where, stride, threads=threads)
 
 
 def digest_boxes(

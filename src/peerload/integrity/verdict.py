@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 import numpy as np
 
@@ -68,25 +67,9 @@ class Verdict:
     digest: int
     digest_tensors: int
 
-    @property
-    def ok(self) -> bool:
-        """Nothing speaks against the bytes. `unproven_nbytes` says how much nothing speaks for."""
-        return not self.mismatches and not self.contradictions
-
-    def nbytes(self, state: State, rank: int | None = None) -> int:
-        """Bytes of measured boxes in that state, of one rank or of all; what several ranks hold counts for each."""
-        rows = self.state == state
-        if rank is not None:
-            rows &= self.measured.rank == rank
-        return int(self.measured.nbytes[rows].sum())
-
-    @cached_property
-    def proven_nbytes(self) -> int:
-        return self.nbytes(State.PROVEN)
-
-    @cached_property
-    def unproven_nbytes(self) -> int:
-        return self.nbytes(State.UNPROVEN)
+    def nbytes(self, state: State) -> int:
+        """Bytes of measured boxes in that state; what several ranks hold counts for each."""
+        return int(self.measured.nbytes[self.state == state].sum())
 
     def wrong(self, rank: int) -> IntArray:
         """Which of that rank's measurements, in its own order, must be read again."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, PeerloadError
+from ..errors import CommitError, CoordinatorError, PeerloadError, reason_of
 from ..receipt import Read
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,11 @@ log = logging.getLogger(__name__)
 #: A payload goes in parts of this size at most, bytes; all ranks' parts together are one message.
 PART_NBYTES = (1 << 20) - 1
 MESSAGE_NBYTES = 32 << 20
-#: A rank that gives up tells the others for so long, and no longer than until so long after its deadline, seconds.
-FAREWELL_S, LATE_S = 2.0, 1.0
+#: A rank that gives up tells the others for so long, while the coordinator restarts, and no longer than until so long after its
+#: deadline, seconds.
+FAREWELL_S, LATE_S = 30.0, 1.0
+#: For so long if it gives up because the coordinator is away, or because a person has interrupted it, seconds.
+SHORT_FAREWELL_S = 2.0
 #: Doubts that one rank names to the others; they are for people.
 DOUBTS = 20
 
@@ -60,16 +63,17 @@ class Group:
         return heard
 
     def abort(self, error: BaseException) -> None:
-        """Let the other ranks know why this one gives up, so that none of them waits or serves. Takes FAREWELL_S at most."""
+        """Let the other ranks know why this one gives up, so that none of them waits or serves. Takes FAREWELL_S at most, and no
+        longer than until LATE_S after the deadline."""
         if self._coordinator is None or self._aborted:
             return
-        reason = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
-        late = Deadline(self._deadline.at_s + LATE_S, self._deadline.clock).within(FAREWELL_S)
+        short = isinstance(error, CoordinatorError) or not isinstance(error, Exception)
+        late = Deadline(self._deadline.at_s + LATE_S, self._deadline.clock).within(SHORT_FAREWELL_S if short else FAREWELL_S)
         try:
             for number in (self._round, self._round + 1):  # the others may have agreed on this round without our hearing of it
                 if late.remaining_s == 0:
                     return  # their own deadlines pass as well
-                self._coordinator.abort(self.name, number, self.rank, self.size, reason, late)
+                self._coordinator.abort(self.name, number, self.rank, self.size, reason_of(error), late)
         except PeerloadError as unheard:
             log.warning("peerload: rank %d could not tell the others that it gave up: %s", self.rank, unheard.message)
 
@@ -82,7 +86,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Judgement:
     """What one rank has to say about a verdict. doubts: for people. wrong: for each rank the rows of its measurements that have
     to be read again. read: what this rank has received, by source."""
 
@@ -95,7 +99,7 @@ class Finding:
         return json.dumps({"doubts": list(self.doubts[:DOUBTS]), "wrong": wrong, "read": dict(self.read)}).encode()
 
     @classmethod
-    def decode(cls, data: bytes, rows: Sequence[int]) -> Finding:
+    def decode(cls, data: bytes, rows: Sequence[int]) -> Judgement:
         """rows: how many measurements each rank has sent. Raises ValueError for what `encode` can't have made."""
         try:
             told = json.loads(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,10 +43,9 @@ class Ledger:
 
     def __init__(self, layout: Layout) -> None:
         none, boxes = np.zeros(0, np.int64), np.zeros((0, layout.catalog.width), np.int64)
-        self._layout = layout
+        self.layout = layout
         self._number: dict[SourceId, int] = {}
         self.rows = Rows.of(none, boxes, boxes, none)
-        self.opaques: dict[int, int] = {}  # row of the layout's opaques -> source number
 
     @property
     def sources(self) -> tuple[SourceId, ...]:
@@ -69,7 +68,7 @@ class Ledger:
     @property
     def nbytes(self) -> IntArray:
         """[n] of each row."""
-        rows, layout = self.rows, self._layout
+        rows, layout = self.rows, self.layout
         return volumes(rows.start, rows.stop) * layout.catalog.itemsize[layout.pieces.tensor[rows.piece]]
 
     def read(self) -> dict[str, Read]:
@@ -77,9 +76,6 @@ class Ledger:
         n = len(self._number)
         nbytes, count = np.zeros(n, np.int64), np.bincount(self.rows.source, minlength=n)
         np.add.at(nbytes, self.rows.source, self.nbytes)
-        for row, source in self.opaques.items():
-            nbytes[source] += self._layout.opaques[row].nbytes
-            count[source] += 1
         found: dict[str, Read] = {}
         for name, size, operations in zip(map(str, self._number), nbytes.tolist(), count.tolist(), strict=True):
             if operations:
@@ -90,7 +86,7 @@ class Ledger:
     def digests(self) -> Mapping[int, int]:
         """Of each piece that lies here whole and is hashed, by its row: the digests of its boxes add up."""
         rows = self.rows.take(self.rows.hashed)
-        n, pieces = len(self._layout.pieces), self._layout.pieces
+        n, pieces = len(self.layout.pieces), self.layout.pieces
         low, high = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         np.add.at(low, rows.piece, rows.digest & np.uint64(0xFFFFFFFF))
         np.add.at(high, rows.piece, rows.digest >> np.uint64(32))
@@ -98,3 +94,9 @@ class Ledger:
         np.add.at(held, rows.piece, volumes(rows.start, rows.stop))
         whole = np.flatnonzero(held == volumes(pieces.start, pieces.stop))
         return dict(zip(whole.tolist(), fold(low, high)[whole].tolist(), strict=True))
+
+
+def of_tensors(layout: Layout, piece: IntArray, names: Collection[str]) -> BoolArray:
+    """[n] whether layout piece piece[n] is one of a tensor named so."""
+    tensors = [layout.catalog.row[name] for name in names]
+    return np.isin(layout.pieces.tensor[piece], tensors)

@@ -42,7 +42,6 @@ class Outcome:
     was mapped instead of moved."""
 
     undone: IntArray
-    undone_opaques: tuple[int, ...]
     failures: Mapping[SourceId, SourceError]
     wire_nbytes: int
     operations: int
@@ -59,7 +58,7 @@ class Attaches(Protocol):
 
 
 @dataclass(slots=True)
-class _Part:
+class _Portion:
     """What a plan asks of one source: offer `offer` of the plan. The first `done` steps are in place."""
 
     offer: int
@@ -69,12 +68,11 @@ class _Part:
     attached_nbytes: int = 0
     failure: SourceError | None = None
 
-    def undone(self, plan: Plan) -> tuple[IntArray, list[int]]:
-        """Rows of the plan, and of its opaques, that are not all in place."""
+    def undone(self, plan: Plan) -> IntArray:
+        """Rows of the plan that are not all in place."""
         if self.done == 0:
-            return np.flatnonzero(plan.offer == self.offer), [row for row, offer, _ in plan.opaque if offer == self.offer]
-        copies = np.concatenate([np.zeros(0, np.int64), *(step.copies for step in self.steps[self.done :])])
-        return copies[copies >= 0], [plan.opaque[-1 - k][0] for k in copies[copies < 0].tolist()]
+            return np.flatnonzero(plan.offer == self.offer)
+        return np.concatenate([np.zeros(0, np.int64), *(step.copies for step in self.steps[self.done :])])
 
 
 class Reader:
@@ -124,10 +122,10 @@ class Reader:
     ) -> Outcome:
         """Do the plan's copies into buffers at `address` [buffers]. Sources that fail are reported, not raised; DeadlineExceeded
         is raised after all threads have stopped."""
-        parts = [_Part(i) for i in np.unique(np.append(plan.offer, [o for _, o, _ in plan.opaque])).astype(int).tolist()]
+        parts = [_Portion(i) for i in np.unique(plan.offer).tolist()]
         stop = Event()
 
-        def drain(part: _Part) -> None:
+        def drain(part: _Portion) -> None:
             try:
                 self._drain(part, plan, address, deadline, on_bytes, stop)
             except BaseException:
@@ -146,7 +144,7 @@ class Reader:
 
     def _drain(
         self,
-        part: _Part,
+        part: _Portion,
         plan: Plan,
         address: IntArray,
         deadline: Deadline,
@@ -254,12 +252,10 @@ class Reader:
             raise SourceStale(str(offer.source), "its weights have changed since it announced them", next_step="discover again")
 
 
-def _outcome(plan: Plan, parts: Sequence[_Part]) -> Outcome:
-    rows, opaques = zip(*(part.undone(plan) for part in parts), strict=True) if parts else ((), ())
+def _outcome(plan: Plan, parts: Sequence[_Portion]) -> Outcome:
     finished = [step for part in parts for step in part.steps[: part.done]]
     return Outcome(
-        np.unique(np.concatenate([np.zeros(0, np.int64), *rows])),
-        tuple(sorted({row for some in opaques for row in some})),
+        np.unique(np.concatenate([np.zeros(0, np.int64), *(part.undone(plan) for part in parts)])),
         {plan.offers[part.offer].source: part.failure for part in parts if part.failure is not None},
         sum(step.wire.nbytes for step in finished),
         sum(step.operations for step in finished),

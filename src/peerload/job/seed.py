@@ -1,11 +1,11 @@
 """Being a seed: one rank's weights offered to whoever starts next, for as long as the `with` lasts.
 
-    with Seed(model, layout, address, coordinator=..., transports=..., instance="replica-1"):
+    with Seed(rank):
         serve()
 
-Entering hashes the weights once, unless they have just been proven, writes the fence and takes a lease; a thread renews the
-lease, and announces again when the coordinator has forgotten it. Leaving clears the fence first, so that nobody reads what is
-no longer vouched for.
+Entering opens the transports, hashes the weights once, unless they have just been proven, writes the fence and takes a lease; a
+thread renews the lease, and announces again when the coordinator has forgotten it. Leaving clears the fence first, so that nobody
+reads what is no longer vouched for.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from threading import Event, Lock, Thread
 import numpy as np
 import numpy.typing as npt
 
-from ..coordinator.client import CoordinatorClient, Lease
+from ..coordinator.client import Granted
 from ..deadline import Deadline
-from ..errors import CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
+from ..errors import ConfigError, CoordinatorError, DeadlineExceeded, HostError, LeaseSuperseded, LeaseUnknown
 from ..integrity.digest import PRIME
-from ..memory.arena import Arena
-from ..memory.space import HOST, Space, digest_layout
-from ..model.boxes import IntArray
-from ..model.catalog import ModelKey
-from ..model.layout import Layout
+from ..memory.space import digest_layout
 from ..model.offer import FENCE_NBYTES, Binding, Endpoint, Offer, SourceId, fence
-from ..transport.base import Transport
 from ..transport.files import FilesTransport
 from ..transport.process import boot_id
+from .rank import Rank
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +37,13 @@ GOODBYE_S = 2.0
 
 
 class Seed:
-    """Offers the buffers of `layout`, at `address` [buffers] in memory already registered with `transports`.
+    """Offers the buffers of `rank`, whose memory stays as it is, but for `changing()`, until the seed is closed.
 
-    The caller owns the memory and keeps it, unchanged but for `changing()`, until the seed is closed. `files` are small
-    model files (config.json) for targets that have no copy. arena: holds all the buffers, and is frozen, so that targets on this
-    host needn't copy: what is written from then on costs memory of its own, and is read with process_vm_readv. An arena that
-    a seed has frozen must be given to every later seed of it. space: where the buffers lie. digests: False leaves them out;
-    targets then refuse the seed unless they load with verify off.
+    An arena is frozen, so that targets on this host needn't copy: what is written from then on costs memory of its own, and is
+    read with process_vm_readv. An arena that a seed has frozen must be given to every later seed of it. With `config.verify` off
+    no digests are announced; targets then refuse the seed unless they load with verify off, too.
 
+    files: small model files (config.json) for targets that have no copy. attributes: for people who look at the coordinator.
     proven: digests of pieces, by row of the layout, that were measured when these bytes arrived (`Receipt.digests`). They are
     announced as they are: should memory have changed since, targets find out. Only the other pieces are hashed here.
     on_ended: called once, in a thread of the seed or that of `changing`, when another process has taken this rank's place:
@@ -57,41 +52,31 @@ class Seed:
 
     def __init__(
         self,
-        model: ModelKey,
-        layout: Layout,
-        address: IntArray,
+        rank: Rank,
         *,
-        coordinator: CoordinatorClient,
-        transports: Mapping[str, Transport],
-        instance: str,
         files: Mapping[str, bytes] | None = None,
         attributes: Mapping[str, str] | None = None,
-        arena: Arena | None = None,
-        space: Space = HOST,
-        digests: bool = True,
         proven: Mapping[int, int] | None = None,
-        threads: int = 0,
         ttl_s: float = TTL_S,
         on_ended: Callable[[LeaseSuperseded], None] = lambda _: None,
     ) -> None:
+        if rank.coordinator is None:
+            raise ConfigError("a seed needs a coordinator, where targets find it", next_step="give its url")
         known = dict(proven or {})
-        if any(not 0 <= row < len(layout.pieces) or not 0 <= digest < PRIME for row, digest in known.items()):
+        if any(not 0 <= row < len(rank.layout.pieces) or not 0 <= digest < PRIME for row, digest in known.items()):
             raise ValueError("a proven digest is of no piece of the layout, or out of range")
-        self._model, self._layout, self._address = model, layout, address
-        self._coordinator, self._transports, self._instance = coordinator, transports, instance
+        self._rank, self._coordinator, self._space, self._arena = rank, rank.coordinator, rank.space, rank.arena
         self._files, self._attributes = dict(files or {}), dict(attributes or {})
-        self._arena, self._space, self._digests, self._threads, self._ttl_s = arena, space, digests, threads, ttl_s
-        self._proven, self._on_ended = known, on_ended
+        self._proven, self._ttl_s, self._on_ended = known, ttl_s, on_ended
         self._changes = 0
         self._stop = Event()
         self._announcing = Lock()  # so that no heartbeat renews a lease that is just being replaced
-        self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{layout.rank}", daemon=True)
-        self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{layout.rank}", daemon=True)
+        self._heart = Thread(target=self._beat, name=f"peerload-heartbeat-{rank.layout.rank}", daemon=True)
+        self._huge = Thread(target=self._enlarge, name=f"peerload-pages-{rank.layout.rank}", daemon=True)
         self._offer: Offer | None = None
-        self._lease: Lease | None = None
-        self._fence = space.fence()
-        for transport in transports.values():
-            transport.register([self._fence.region()])
+        self._asked = False  # to be announced: the coordinator may offer us, even if its answer was lost
+        self._lease: Granted | None = None
+        self._closing = ExitStack()
 
     @property
     def offer(self) -> Offer:
@@ -99,24 +84,32 @@ class Seed:
         return self._offer
 
     def __enter__(self) -> Seed:
-        with ExitStack() as undo:
-            undo.callback(self._fence.close)
-            undo.callback(self._clear_fence)
+        """Raises what opening transports and announcing raise; nothing is offered or open then."""
+        with ExitStack() as last:  # the last line comes first, whatever fails
+            self._transports = last.enter_context(self._rank.opened())
+            self._fence = self._space.fence()
+            last.callback(self._fence.close)
+            regions = [*self._rank.regions(), self._fence.region()]
+            for transport in self._transports.values():
+                transport.register(regions)
+            last.callback(self._join)
+            last.callback(self._withdraw)
+            last.callback(self._clear_fence)
             self._write()
             with self._announcing:
                 self._lease = self._announce()
-            undo.pop_all()
-        self._heart.start()
-        self._huge.start()
+            self._heart.start()
+            self._huge.start()
+            self._closing = last.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with ExitStack() as last:  # all of it, whatever fails; the last line comes first
-            last.callback(self._fence.close)
-            last.callback(self._huge.join)
-            last.callback(self._heart.join, GOODBYE_S)
-            last.callback(self._withdraw)
-            last.callback(self._clear_fence)
+        self._closing.close()
+
+    def _join(self) -> None:
+        for thread, timeout_s in ((self._heart, GOODBYE_S), (self._huge, None)):
+            if thread.ident is not None:  # it was started
+                thread.join(timeout_s)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -162,27 +155,27 @@ class Seed:
             log.warning("peerload: %s is being announced while it ends; its lease will run out", self.offer.source)
             return
         try:
-            if self._lease is not None:
-                self._coordinator.withdraw(self._lease, Deadline.after(GOODBYE_S))
+            if self._asked:
+                self._coordinator.withdraw(Granted(self.offer.source, self._ttl_s), Deadline.after(GOODBYE_S))
         except (CoordinatorError, DeadlineExceeded) as error:
             log.warning("peerload: could not withdraw %s, its lease will run out: %s", self.offer.source, error.message)
         finally:
-            self._lease = None
+            self._asked, self._lease = False, None
             self._announcing.release()
 
     def _write(self) -> None:
         """A new generation of what is in memory now: its fence and its offer. Nobody is told of it yet."""
-        source = SourceId.new(self._instance, self._layout.rank, self._changes)
+        source = SourceId.new(self._rank.member.instance, self._rank.layout.rank, self._changes)
         endpoints = self._endpoints()  # first: memory that a transport pins can't be frozen; pinned once frozen, it is copied
         if self._thawed():
             endpoints = self._endpoints()
         digests: npt.NDArray[np.uint64] | None = None
-        if self._digests:
+        if self._rank.config.verifies:
             digests = self._digest()
         self._fence.write(fence(source.generation))
         binding = Binding(
             source,
-            self._address,
+            self._rank.address,
             endpoints,
             digests=digests,
             fence_address=self._fence.address,
@@ -190,14 +183,16 @@ class Seed:
             attributes=self._attributes,
         )
         with self._announcing:
-            self._offer = Offer(self._layout, binding)
+            self._offer = Offer(self._rank.layout, binding)
 
     def _digest(self) -> npt.NDArray[np.uint64]:
         """[pieces], those proven as they were proven."""
-        digests = np.zeros(len(self._layout.pieces), np.uint64)
+        digests = np.zeros(len(self._rank.layout.pieces), np.uint64)
         digests[list(self._proven)] = list(self._proven.values())
         rows = np.setdiff1d(np.arange(len(digests)), list(self._proven))
-        digests[rows] = digest_layout(self._space, self._layout, self._address, rows=rows, threads=self._threads)
+        digests[rows] = digest_layout(
+            self._space, self._rank.layout, self._rank.address, rows=rows, threads=self._rank.config.threads
+        )
         return digests
 
     def _thawed(self) -> bool:
@@ -218,11 +213,12 @@ class Seed:
             try:
                 found.append(Endpoint(name, transport.describe()))
             except HostError as error:
-                log.warning("peerload: %s is not offered over %s: %s", self._instance, name, error.message)
+                log.warning("peerload: %s is not offered over %s: %s", self._rank.member.instance, name, error.message)
         return tuple(found)
 
-    def _announce(self) -> Lease:
-        return self._coordinator.announce(self.offer, self._model, files=self._files, ttl_s=self._ttl_s)
+    def _announce(self) -> Granted:
+        self._asked = True
+        return self._coordinator.announce(self.offer, self._rank.model, files=self._files, ttl_s=self._ttl_s)
 
     def _enlarge(self) -> None:
         """Move the arena into huge pages, so that attaching it costs few page faults. It stays readable meanwhile."""
@@ -246,7 +242,7 @@ class Seed:
     def _end(self, error: LeaseSuperseded) -> None:
         """Another process has this rank's place."""
         log.error("peerload: %s is no longer offered: %s", self.offer.source, error.message)
-        self._lease = None
+        self._asked, self._lease = False, None
         self._stop.set()
         self._on_ended(error)
 

@@ -95,21 +95,6 @@ class Constant:
     fill: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """Bytes no box describes (repacked, swizzled, requantized): copied only from the same `name` with an equal `tag`.
-
-    `covers` lists the logical tensors whose values went into it, `reason` says why it can't be described."""
-
-    name: str
-    tag: str
-    buffer: int
-    offset: int
-    nbytes: int
-    covers: tuple[str, ...] = ()
-    reason: str = ""
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where one rank of an instance keeps its part of the model.
@@ -123,7 +108,6 @@ class Layout:
     buffer_nbytes: IntArray
     pieces: Pieces
     constants: tuple[Constant, ...] = ()
-    opaques: tuple[Opaque, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     parallel: Parallel = Parallel()  # noqa: RUF009 - frozen
@@ -150,7 +134,7 @@ class Layout:
         return frozen(np.flatnonzero(~np.isin(self.pieces.tensor, tied)))
 
     def prove_disjoint(self) -> None:
-        """Raise ManifestError unless no byte of any buffer belongs to two written pieces, opaques or constants."""
+        """Raise ManifestError unless no byte of any buffer belongs to two written pieces or constants."""
         if not self._disjoint:
             base = np.cumsum(self.buffer_nbytes) - self.buffer_nbytes  # buffers side by side, so that one check serves all
             rows, p, width = self.written, self.pieces, self.catalog.width
@@ -163,9 +147,6 @@ class Layout:
                 )
             ]
             depth = max([width, *(len(c.shape) for c in self.constants)])
-            for o in self.opaques:
-                shape, steps = np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64)
-                spans.append((base[[o.buffer]] + o.offset, shape, steps, np.array([o.nbytes], np.int64)))
             for c in self.constants:
                 shape, steps = np.array([c.shape], np.int64), np.array([c.strides], np.int64)
                 spans.append((base[[c.buffer]] + c.offset, shape, steps, np.array([len(c.fill)], np.int64)))
@@ -174,18 +155,16 @@ class Layout:
             stride = np.concatenate([pad_left(s[2], depth, 0) for s in spans])
             clash = disjoint_bytes(offset, shape, stride, itemsize)
             if clash is not None:
-                names = [self.describe(int(rows[i])) if i < len(rows) else "a constant or opaque region" for i in clash]
+                names = [self.describe(int(rows[i])) if i < len(rows) else "a constant" for i in clash]
                 raise ManifestError("layout.pieces", f"{names[0]} and {names[1]} share a byte of one buffer")
             self.__dict__["_disjoint"] = True
 
     _disjoint = False
 
     def prove_cover(self) -> None:
-        """Raise ManifestError unless every byte of every buffer is a written piece's, an opaque's or a constant's."""
+        """Raise ManifestError unless every byte of every buffer is a written piece's or a constant's."""
         self.prove_disjoint()
         held = np.bincount(self.pieces.buffer[self.written], self.piece_nbytes[self.written], len(self.buffer_names))
-        for o in self.opaques:
-            held[o.buffer] += o.nbytes
         for c in self.constants:
             held[c.buffer] += math.prod(c.shape) * len(c.fill)
         short = np.flatnonzero(held.astype(np.int64) != self.buffer_nbytes)
@@ -232,11 +211,6 @@ def _check_layout(layout: Layout) -> None:
     low, high = byte_extents(pieces.offset, shape, pieces.stride, itemsize)
     refuse((low < 0) | (high > layout.buffer_nbytes[pieces.buffer]), "offset", "reaches outside its buffer")
     refuse(~injective(shape, pieces.stride, itemsize), "stride", "puts two elements on the same byte")
-    for i, opaque in enumerate(layout.opaques):
-        if not 0 <= opaque.buffer < len(layout.buffer_names):
-            raise ManifestError(f"layout.opaques[{i}].buffer", "is no buffer of this layout")
-        if opaque.nbytes < 1 or opaque.offset < 0 or opaque.offset + opaque.nbytes > layout.buffer_nbytes[opaque.buffer]:
-            raise ManifestError(f"layout.opaques[{i}].offset", f"({opaque.name}) reaches outside its buffer")
     for i, constant in enumerate(layout.constants):
         if not 0 <= constant.buffer < len(layout.buffer_names):
             raise ManifestError(f"layout.constants[{i}].buffer", "is no buffer of this layout")

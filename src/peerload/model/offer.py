@@ -61,6 +61,9 @@ class Endpoint:
     description: bytes
 
 
+#: The digest of `integrity/digest.py`, as announcements and measurements name it. Whatever changes a digest's value changes this.
+ALGORITHM: Final = "m61-1"
+
 #: What a fence holds: the generation, as bytes.
 FENCE_NBYTES: Final = 16
 
@@ -75,7 +78,9 @@ class Binding:
     """Where one process has put the buffers of its layout, and how to reach it.
 
     address: [buffers], each buffer's first byte in the process's address space.
-    digests: [pieces] uint64 of `digest.py`, or None when the seed was told not to compute them.
+    digests: [pieces] uint64 of `digest.py`; None when the seed was told not to compute them, or computed them by an algorithm
+    that this release doesn't know.
+    algorithm: which one the seed computes digests by, ALGORITHM when it computes none.
     fence_address: 16 bytes that hold the generation as long as the buffers hold its weights; 0 when there is none.
     host: identifies the machine (boot id), so that same-host transports know when they apply.
     """
@@ -87,6 +92,7 @@ class Binding:
     fence_address: int = 0
     host: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
+    algorithm: str = ALGORITHM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", frozen(self.address))

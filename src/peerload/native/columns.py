@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 
 
-class Batch(Protocol):
+class CopyColumns(Protocol):
     """What `peerload.planning.batch.Batch` is, said again because this package imports nothing of its own."""
 
     @property
@@ -39,7 +39,7 @@ class Columns:
 
     __slots__ = ("_arrays", "_pointers")
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: CopyColumns) -> None:
         columns = (batch.src, batch.dst, batch.run, batch.count, batch.src_step, batch.dst_step)
         self._arrays = tuple(np.ascontiguousarray(a, np.int64) for a in columns)
         if [a.size for a in self._arrays] != [len(batch.src)] * 3 + [3 * len(batch.src)] * 3:

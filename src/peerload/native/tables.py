@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._lib import ffi, lib
-from .columns import Batch, Columns
+from .columns import Columns, CopyColumns
 
 IntArray = npt.NDArray[np.int64]
 
@@ -24,7 +24,7 @@ class CopyRows:
 
     row_nbytes = COPY_ROW_NBYTES
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: CopyColumns) -> None:
         self._columns = Columns(batch)
         self._end = ffi.new("struct table_end *")
 

@@ -20,7 +20,7 @@ from .batch import LEVELS, Batch
 from .plan import Plan
 
 
-class Limits(Protocol):
+class Costs(Protocol):
     """What lowering needs to know of a transport; `transport.base.Limits` has the meanings."""
 
     @property
@@ -40,7 +40,7 @@ class Step:
     wire: what the transport moves. scatter: None when `wire` writes its destinations itself; otherwise `wire.dst` and
     `scatter.src` count from the start of a staging buffer of `staging_nbytes`, and `scatter` moves the wanted part on.
     operations: what the transport issues for it. copies: rows of the plan that are complete once all steps that name them
-    are done (opaques: -1 - row of plan.opaque).
+    are done.
     """
 
     offer: int
@@ -62,7 +62,7 @@ class Lowered:
     staging_nbytes: int
 
 
-def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, only: int | None = None) -> Lowered:
+def lower(plan: Plan, limits: Costs, address: IntArray, staging_nbytes: int, only: int | None = None) -> Lowered:
     """Batches for `plan` when the wanting layout's buffers begin at `address[buffer]` here.
 
     staging_nbytes bounds temporary memory of one step, bytes. only: the one offer to read (default: all)."""
@@ -88,8 +88,8 @@ def lower(plan: Plan, limits: Limits, address: IntArray, staging_nbytes: int, on
 
 
 def _strided(plan: Plan, address: IntArray, only: int | None) -> tuple[Batch, IntArray, IntArray, IntArray]:
-    """All copies (of offer `only`) as one batch of normal form; of each row the offer, the plan's row (or -1 - opaque row), and
-    a number that is equal where source buffer (of the same offer) and destination buffer are."""
+    """All copies (of offer `only`) as one batch of normal form; of each row the offer, the plan's row, and a
+    number that is equal where source buffer (of the same offer) and destination buffer are."""
     layout, width = plan.wants.layout, plan.start.shape[1]
     mine = np.arange(len(plan)) if only is None else np.flatnonzero(plan.offer == only)
     offer_of, piece, start, stop = plan.offer[mine], plan.piece[mine], plan.start[mine], plan.stop[mine]
@@ -115,29 +115,7 @@ def _strided(plan: Plan, address: IntArray, only: int | None) -> tuple[Batch, In
     batch, owner = _normal_form(
         src, dst, stop - start, src_stride, dst_stride, layout.catalog.itemsize[pieces.tensor[want_piece]]
     )
-    offer_of, buffers, owner = offer_of[owner], buffers[owner], mine[owner]
-    opaque = [(i, row, o, k) for i, (row, o, k) in enumerate(plan.opaque) if only in (None, o)]
-    if opaque:
-        extra = [
-            (
-                plan.offers[o].binding.address[plan.offers[o].layout.opaques[k].buffer] + plan.offers[o].layout.opaques[k].offset,
-                address[layout.opaques[row].buffer] + layout.opaques[row].offset,
-                layout.opaques[row].nbytes,
-                o,
-                -1 - i,
-                layout.opaques[row].buffer + here * plan.offers[o].layout.opaques[k].buffer,
-            )
-            for i, row, o, k in opaque
-        ]
-        s, d, n, o, w, b = (np.array(column, np.int64) for column in zip(*extra, strict=True))
-        batch, offer_of, owner = _concat(batch, Batch.of_runs(s, d, n)), np.append(offer_of, o), np.append(owner, w)
-        buffers = np.append(buffers, b)
-    return batch, offer_of, owner, buffers
-
-
-def _concat(a: Batch, b: Batch) -> Batch:
-    columns = ("src", "dst", "run", "count", "src_step", "dst_step")
-    return Batch(*(np.concatenate([getattr(a, name), getattr(b, name)]) for name in columns))
+    return batch, offer_of[owner], mine[owner], buffers[owner]
 
 
 def _normal_form(
@@ -178,9 +156,7 @@ def _normal_form(
     return Batch(src, dst, run, *(np.ascontiguousarray(a[:, outermost_first]) for a in (count, s_step, d_step))), owner
 
 
-def _direct_steps(
-    offer: int, copies: Batch, owner: IntArray, buffers: IntArray, rows: IntArray, limits: Limits
-) -> Iterator[Step]:
+def _direct_steps(offer: int, copies: Batch, owner: IntArray, buffers: IntArray, rows: IntArray, limits: Costs) -> Iterator[Step]:
     """Rows of one offer by ascending source address: neighbours joined, large copies cut, grouped into batches."""
     if len(rows) == 0:
         return
@@ -232,7 +208,7 @@ def _joined(batch: Batch, buffers: IntArray) -> tuple[Batch, IntArray]:
 
 
 def _staged_steps(
-    offer: int, copies: Batch, owner: IntArray, rows: IntArray, limits: Limits, staging_nbytes: int
+    offer: int, copies: Batch, owner: IntArray, rows: IntArray, limits: Costs, staging_nbytes: int
 ) -> Iterator[Step]:
     """Each copy cut so that its span fits the staging buffer, then as many spans as fit are pulled together."""
     if len(rows) == 0:

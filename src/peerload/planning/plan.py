@@ -10,67 +10,28 @@ Pure: standard library and NumPy only, no I/O, the same result for the same argu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from ..errors import Hole, PlanError, Refusal
-from ..model.boxes import IntArray, first_overlap, pad_left, volumes
-from ..model.catalog import Catalog, frozen, is_derived
+from ..errors import PlanError, Refusal
+from ..model.boxes import IntArray, pad_left, volumes
+from ..model.catalog import frozen, is_derived
 from ..model.layout import Layout
 from ..model.offer import Offer, SourceId
 from .holders import Cells, choose
-
-
-@dataclass(frozen=True, eq=False)
-class Wants:
-    """Boxes that a target rank has yet to receive: start[n, width], stop[n, width] inside the layout's pieces `piece[n]`,
-    and the rows `opaque` of its opaque regions."""
-
-    layout: Layout
-    piece: IntArray
-    start: IntArray
-    stop: IntArray
-    opaque: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, layout: Layout) -> Wants:
-        """Everything the layout's loader has to write. Raises ManifestError if two pieces share a byte."""
-        layout.prove_disjoint()
-        rows = layout.written
-        pieces = layout.pieces
-        return cls(layout, rows, pieces.start[rows], pieces.stop[rows], tuple(range(len(layout.opaques))))
-
-    def __len__(self) -> int:
-        return len(self.piece)
-
-    @property
-    def tensor(self) -> IntArray:
-        return self.layout.pieces.tensor[self.piece]
-
-    @cached_property
-    def nbytes(self) -> int:
-        boxes = volumes(self.start, self.stop) * self.layout.catalog.itemsize[self.tensor]
-        return int(boxes.sum()) + sum(self.layout.opaques[i].nbytes for i in self.opaque)
-
-    def hole(self, row: int, start: IntArray, stop: IntArray, reason: str) -> Hole:
-        spec = self.layout.catalog[int(self.tensor[row])]
-        return Hole(spec.name, self.layout.rank, box_text(start, stop, len(spec.shape)), reason)
-
-
-def box_text(start: IntArray, stop: IntArray, ndim: int) -> str:
-    cut = len(start) - ndim
-    return "[" + ", ".join(f"{a}:{b}" for a, b in zip(start[cut:].tolist(), stop[cut:].tolist(), strict=True)) + "]"
+from .proof import Proof
+from .wants import Wants, rows_in
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Copy i fills box [start[i], stop[i]) of want `want[i]` from piece `piece[i]` of offer `offer[i]`.
 
-    `opaque` rows are (row of the layout's opaques, offer, row of the offer's opaques). `refusals` says which offers were
-    left out, and why. Boxes are global coordinates of the logical tensor, `width` of the wanting catalog.
+    `refusals` says which offers were left out, and why. Boxes are global coordinates of the logical tensor, `width` of the
+    wanting catalog.
     """
 
     wants: Wants
@@ -80,13 +41,12 @@ class Plan:
     piece: IntArray
     start: IntArray
     stop: IntArray
-    opaque: tuple[tuple[int, int, int], ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("want", "offer", "piece", "start", "stop"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
-        _prove(self)
+        Proof(self.wants, self.offers, self.want, self.offer, self.piece, self.start, self.stop).check()
 
     def __len__(self) -> int:
         return len(self.want)
@@ -99,31 +59,17 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes written; equal to the bytes wanted."""
-        return int(self.copy_nbytes.sum()) + sum(self.wants.layout.opaques[row].nbytes for row, _, _ in self.opaque)
+        return int(self.copy_nbytes.sum())
 
     @cached_property
     def bytes_by_source(self) -> Mapping[SourceId, int]:
         size = np.bincount(self.offer, self.copy_nbytes, len(self.offers)).astype(np.int64).tolist()
-        for row, offer, _ in self.opaque:
-            size[offer] += self.wants.layout.opaques[row].nbytes
         return {o.source: n for o, n in zip(self.offers, size, strict=True) if n}
 
-    def rest(self, undone: IntArray, opaque: Sequence[int] = ()) -> Wants:
-        """What is still wanted when only the copies in rows `undone` (and these opaques) have not been done."""
+    def rest(self, undone: IntArray) -> Wants:
+        """What is still wanted when only the copies in rows `undone` have not been done."""
         piece = self.wants.piece[self.want[undone]]
-        return Wants(self.wants.layout, piece, self.start[undone], self.stop[undone], tuple(opaque))
-
-    def source_boxes(self) -> tuple[IntArray, IntArray]:
-        """Per copy, the start and stop of the source piece it reads from, [n, width] each."""
-        width = self.start.shape[1]
-        start, stop = np.zeros_like(self.start), np.ones_like(self.stop)
-        for i, offer in enumerate(self.offers):
-            rows = np.flatnonzero(self.offer == i)
-            pieces = offer.layout.pieces
-            common = min(width, pieces.start.shape[1])
-            start[rows, width - common :] = pieces.start[self.piece[rows], -common:]
-            stop[rows, width - common :] = pieces.stop[self.piece[rows], -common:]
-        return start, stop
+        return Wants(self.wants.layout, piece, self.start[undone], self.stop[undone])
 
 
 def make_plan(
@@ -150,9 +96,7 @@ def make_plan(
     load = [(loads or {}).get(o.source, 0) for o in usable]
     cells = _cells(wants, usable, tiers)
     chosen = choose(cells, wants.start, wants.stop, wants.layout.catalog.itemsize[wants.tensor], usable, load, salt)
-    opaque, opaque_holes = _match_opaques(wants, usable)
     holes = [wants.hole(row, start, stop, _why(wants, row, usable)) for row, start, stop in chosen.holes]
-    holes += opaque_holes
     if holes:
         if usable:
             missing = "the offers don't cover what is wanted"
@@ -164,9 +108,7 @@ def make_plan(
             refusals=tuple(refusals),
             next_step="start a seed that holds the missing tensors, allow fallback=disk, or see the refusals above",
         )
-    return Plan(
-        wants, tuple(usable), chosen.want, chosen.offer, chosen.piece, chosen.start, chosen.stop, tuple(opaque), tuple(refusals)
-    )
+    return Plan(wants, tuple(usable), chosen.want, chosen.offer, chosen.piece, chosen.start, chosen.stop, tuple(refusals))
 
 
 def _admit(
@@ -208,22 +150,6 @@ def _contradiction(ours: Layout, theirs: Layout) -> str:
     return ""
 
 
-def _rows_in(ours: Layout, theirs: Layout) -> IntArray:
-    """Our catalog row for each of their catalog rows, -1 for tensors we don't have. A tied tensor that they lack under
-    our name is found under its other name."""
-    if ours.catalog == theirs.catalog:
-        rows = np.arange(len(theirs.catalog))
-    else:
-        rows = np.fromiter((ours.catalog.row.get(n, -1) for n in theirs.catalog.names), np.int64, len(theirs.catalog))
-    held = set(np.unique(theirs.pieces.tensor).tolist()) if ours.aliases else set()
-    for alias, name in ours.aliases.items():
-        other = theirs.catalog.row.get(alias)
-        if other in held and theirs.catalog.row.get(name) not in held:
-            rows = rows.copy()
-            rows[other] = ours.catalog.row[name]
-    return rows
-
-
 def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells:
     """Every intersection of a wanted box with an offered piece. Offers that share a layout are joined once."""
     catalog, width = wants.layout.catalog, wants.layout.catalog.width
@@ -235,7 +161,7 @@ def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells
     parts: list[tuple[IntArray, ...]] = []
     for k, holders in enumerate(layouts.values()):
         theirs = offers[holders[0]].layout
-        tensor = _rows_in(wants.layout, theirs)[theirs.pieces.tensor]
+        tensor = rows_in(wants.layout, theirs)[theirs.pieces.tensor]
         rows = np.flatnonzero(wanted[tensor])
         cut = max(0, theirs.pieces.start.shape[1] - width)
         start = pad_left(theirs.pieces.start[rows, cut:], width, 0)
@@ -265,102 +191,10 @@ def _cells(wants: Wants, offers: Sequence[Offer], tiers: Sequence[int]) -> Cells
     )
 
 
-def _match_opaques(wants: Wants, offers: Sequence[Offer]) -> tuple[list[tuple[int, int, int]], list[Hole]]:
-    found: list[tuple[int, int, int]] = []
-    holes: list[Hole] = []
-    for row in wants.opaque:
-        mine = wants.layout.opaques[row]
-        reason = "nobody offers it; it travels only as a whole"
-        for i, offer in enumerate(offers):
-            theirs = [(k, o) for k, o in enumerate(offer.layout.opaques) if o.name == mine.name]
-            equal = [k for k, o in theirs if (o.tag, o.nbytes) == (mine.tag, mine.nbytes)]
-            if equal:
-                found.append((row, i, equal[0]))
-                break
-            if theirs:
-                reason = f"{offer.source} holds it opaque as {theirs[0][1].tag!r}, wanted is {mine.tag!r}"
-        else:
-            holes.append(Hole(mine.name, wants.layout.rank, f"({mine.nbytes} opaque bytes)", reason))
-    return found, holes
-
-
 def _why(wants: Wants, row: int, offers: Sequence[Offer]) -> str:
     name = wants.layout.catalog.names[int(wants.tensor[row])]
-    for offer in offers:
-        for opaque in offer.layout.opaques:
-            if name in opaque.covers:
-                return f"{offer.source} holds it only inside opaque {opaque.name} ({opaque.reason or opaque.tag})"
     if not offers:
         return "there is no usable offer"
     if not any(name in o.layout.catalog.row for o in offers):
         return "no usable offer's model has this tensor"
     return "no usable offer holds this part"
-
-
-def _prove(plan: Plan) -> None:
-    """Raise PlanError unless the copies write every wanted element exactly once out of pieces that hold it."""
-    wants, layout = plan.wants, plan.wants.layout
-    catalog, width = layout.catalog, layout.catalog.width
-
-    def refuse(row: int, problem: str) -> None:
-        want = int(plan.want[row])
-        name = catalog.names[int(wants.tensor[want])] if 0 <= want < len(wants) else f"want {want}"
-        box = box_text(plan.start[row], plan.stop[row], width)
-        raise PlanError(f"invalid plan: copy {row} of {name}{box} for rank {layout.rank} {problem}")
-
-    layout.prove_disjoint()
-    twice = first_overlap(wants.piece, wants.start, wants.stop)
-    if twice is not None:
-        hole = wants.hole(twice[1], wants.start[twice[1]], wants.stop[twice[1]], f"is wanted again by want {twice[0]}")
-        raise PlanError("invalid plan: wants overlap", holes=(hole,))
-    n = len(plan)
-    columns_fit = len(plan.offer) == len(plan.piece) == n and plan.start.shape == plan.stop.shape == (n, width)
-    if not columns_fit:
-        raise PlanError("invalid plan: columns differ in length")
-    for column, limit in ((plan.want, len(wants)), (plan.offer, len(plan.offers))):
-        for row in np.flatnonzero((column < 0) | (column >= limit))[:1]:
-            refuse(int(row), "names a want or an offer that does not exist")
-    for row in np.flatnonzero(
-        ((plan.start < wants.start[plan.want]) | (plan.stop > wants.stop[plan.want]) | (plan.start >= plan.stop)).any(axis=1)
-    )[:1]:
-        refuse(int(row), "lies outside the wanted box")
-    mapped: dict[int, IntArray] = {}
-    for i, offer in enumerate(plan.offers):
-        rows = np.flatnonzero(plan.offer == i)
-        pieces = offer.layout.pieces
-        for row in rows[(plan.piece[rows] < 0) | (plan.piece[rows] >= len(pieces))][:1]:
-            refuse(int(row), f"names a piece that {offer.source} does not have")
-        theirs = pieces.tensor[plan.piece[rows]]
-        if id(offer.layout) not in mapped:
-            mapped[id(offer.layout)] = _rows_in(layout, offer.layout)
-        for row in rows[mapped[id(offer.layout)][theirs] != wants.tensor[plan.want[rows]]][:1]:
-            refuse(int(row), f"reads another tensor of {offer.source}")
-        if offer.layout.catalog is not catalog:
-            _check_dtypes(catalog, offer.layout.catalog, theirs, wants.tensor[plan.want[rows]], rows, refuse)
-    held_start, held_stop = plan.source_boxes()
-    for row in np.flatnonzero(((plan.start < held_start) | (plan.stop > held_stop)).any(axis=1))[:1]:
-        refuse(int(row), f"lies outside the piece that {plan.offers[int(plan.offer[row])].source} holds")
-    clash = first_overlap(plan.want, plan.start, plan.stop)
-    if clash is not None:
-        refuse(clash[1], f"writes elements that copy {clash[0]} writes too")
-    written = np.bincount(plan.want, volumes(plan.start, plan.stop), len(wants)).astype(np.int64)
-    for want in np.flatnonzero(written != volumes(wants.start, wants.stop))[:1]:
-        hole = wants.hole(int(want), wants.start[want], wants.stop[want], f"only {written[want]} of its elements are written")
-        raise PlanError("invalid plan: a wanted box is not covered", holes=(hole,))
-    if sorted(row for row, _, _ in plan.opaque) != sorted(wants.opaque):
-        raise PlanError(
-            f"invalid plan: rank {layout.rank} wants {len(wants.opaque)} opaque regions, the plan copies {len(plan.opaque)}"
-        )
-    for row, which, theirs_row in plan.opaque:
-        mine, other = layout.opaques[row], plan.offers[which].layout.opaques[theirs_row]
-        if (mine.name, mine.tag, mine.nbytes) != (other.name, other.tag, other.nbytes):
-            raise PlanError(f"invalid plan: opaque {mine.name} ({mine.tag}) would be filled from {other.name} ({other.tag})")
-
-
-def _check_dtypes(
-    ours: Catalog, theirs: Catalog, their_rows: IntArray, our_rows: IntArray, rows: IntArray, refuse: Callable[[int, str], None]
-) -> None:
-    for mine, other in dict.fromkeys(zip(our_rows.tolist(), their_rows.tolist(), strict=True)):
-        if ours.dtypes[mine] != theirs.dtypes[other]:
-            row = rows[np.flatnonzero(their_rows == other)[0]]
-            refuse(int(row), f"would read {theirs.dtypes[other]} into {ours.dtypes[mine]}")

@@ -9,19 +9,16 @@ What every byte must be is known from `oracle.py`, which shares no code with the
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +26,8 @@ import numpy.typing as npt
 from ..config import Config
 from ..coordinator.client import CoordinatorClient
 from ..engines.bare import BareRank
-from ..job.load import Job, Member, load
+from ..job.load import Job, load
+from ..job.rank import Member, Rank, kept_open, wrapped
 from ..job.seed import Seed
 from ..memory.arena import Arena
 from ..memory.placing import Placed, regions_for
@@ -41,9 +39,10 @@ from ..model.offer import Binding, Endpoint, Offer, SourceId
 from ..receipt import Receipt
 from ..transport.base import Transport
 from ..transport.files import FileSet
-from ..transport.registry import open_transports
+from ..transport.registry import opened_transports
 from .layouts import Model, catalog, checkpoint, layout
 from .oracle import numbered, scattered, shards
+from .processes import Child, orders, wait_for_end
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -142,20 +141,9 @@ def load_ranks(
         with ExitStack() as stack:
             stack.callback(bare.arena.close)
             client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
-            transports = {n: wrap(rank, stack.enter_context(closing(t))) for n, t in open_transports(life.config).items()}
-            job = Job(
-                life.key,
-                bare.layout,
-                bare.address,
-                bare.regions(life.config.registration),
-                Member(life.instance, rank, size or life.size, life.launch),
-                transports,
-                life.config,
-                coordinator=client,
-                arena=bare.arena,
-                reserve=reserve,
-                on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted),
-            )
+            member = Member(life.instance, rank, size or life.size, life.launch)
+            here = bare.rank(life.key, member, life.config, client, wrapped(lambda transport: wrap(rank, transport)))
+            job = Job(here, reserve, on_bytes=lambda _, done, wanted: on_bytes(rank, done, wanted))
             receipt, error = None, None
             try:
                 receipt = load(job)
@@ -183,92 +171,38 @@ def differences(life: Life, bare: BareRank) -> list[str]:
     return found
 
 
-class _Process:
-    """A process that does what `main` says and can be spoken to. Forked from a server that has imported all it needs."""
+class SeedProcess(Child):
+    """The ranks of a `Life` offered by one process, from entering the block until it is left, killed or told otherwise.
 
-    def __init__(self, main: Callable[..., None], *arguments: object) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._link, theirs = context.Pipe()
-        self._process = context.Process(target=main, args=(*arguments, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None, "the process has been started"
-        return self._process.pid
-
-    def kill(self) -> None:
-        """SIGKILL, as a crash would."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._process.join()
-
-    def hear(self, timeout_s: float = 30.0) -> object:
-        """The next thing it says. Raises EOFError when it has died, TimeoutError."""
-        if not self._link.poll(timeout_s):
-            raise TimeoutError(f"process {self.pid} says nothing")
-        said: object = self._link.recv()
-        return said
-
-    def close(self, grace_s: float = 10.0) -> None:
-        if self._process.is_alive():
-            with suppress(OSError):
-                self._link.send("end")
-            self._process.join(grace_s)
-        if self._process.is_alive():
-            self.kill()
-        self._link.close()
-
-
-class SeedProcess(_Process):
-    """The ranks of a `Life` offered by one process, from entering the block until it is left, killed or told otherwise."""
+    It can be asked to "change": other weights, announced properly; "begin change": never finished; "flip": a bit of the first
+    byte of every buffer, told to nobody; "leave": withdraw and stay alive."""
 
     def __init__(self, life: Life) -> None:
-        super().__init__(_serve, life)
+        super().__init__(f"{__name__}:_serve", life, name=f"the seeds of {life.instance}")
 
-    def __enter__(self) -> SeedProcess:
-        self.hear()
+    def __enter__(self) -> Self:
+        self.begun()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def ask(self, order: str) -> object:
-        """Have it do one thing. "change": other weights, announced properly; "begin change": never finished; "flip": a bit of
-        the first byte of every buffer, told to nobody; "leave": withdraw and stay alive."""
-        self._link.send(order)
-        return self.hear()
 
 
 def _serve(life: Life, link: Connection) -> None:
     with ExitStack() as stack:
         client = stack.enter_context(CoordinatorClient(life.url, timeout_s=3.0))
-        transports = {n: stack.enter_context(closing(t)) for n, t in open_transports(life.config).items()}
+        opening = kept_open(stack.enter_context(opened_transports(life.config)))
+        config = life.config if life.digests else life.config.replace(verify="off")
         seeds: list[tuple[Seed, list[Bytes]]] = []
         leaving = stack.enter_context(ExitStack())
         for rank in life.here:
             made = layout(life.model, life.parallel, rank)
             address, placed, views, arena = _placed(made, life.memory, stack)
-            for transport in transports.values():
-                transport.register(regions_for(placed, life.config.registration))
             _write(life, made, views, life.version)
-            seed = Seed(
-                life.key,
-                made,
-                address,
-                coordinator=client,
-                transports=transports,
-                instance=life.instance,
-                arena=arena if life.config.attach else None,
-                digests=life.digests,
-                threads=1,
-                ttl_s=life.ttl_s,
-            )
+            memory = arena or regions_for(placed, life.config.registration)
+            member = Member(life.instance, rank, life.size, life.launch)
+            seed = Seed(Rank(life.key, made, address, memory, member, config, client, opening=opening), ttl_s=life.ttl_s)
             seeds.append((leaving.enter_context(seed), views))
         link.send("ready")
         version = life.version
-        while (order := _order(link)) != "end":
+        for order in orders(link):
             if order == "flip":
                 for _, views in seeds:
                     for view in views:
@@ -285,13 +219,6 @@ def _serve(life: Life, link: Connection) -> None:
                     with seed.changing():
                         _write(life, seed.offer.layout, views, version)
             link.send("done")
-
-
-def _order(link: Connection) -> str:
-    try:
-        return str(link.recv())
-    except EOFError:  # nobody is left to serve
-        return "end"
 
 
 def _placed(made: Layout, memory: str, stack: ExitStack) -> tuple[IntArray, list[Placed], list[Bytes], Arena | None]:
@@ -321,18 +248,12 @@ def _write(life: Life, made: Layout, views: Sequence[Bytes], version: int) -> No
             view[:] = must[name]
 
 
-class TargetProcess(_Process):
+class TargetProcess(Child):
     """Loads the ranks of a `Life` in a process of its own. Says "begun" at the first byte, and then waits to be killed when
     `stall`; else says its results: (rank, receipt as a dictionary or None, error's type and text or None, wrong buffers)."""
 
     def __init__(self, life: Life, *, stall: bool = False, size: int = 0) -> None:
-        super().__init__(_load, life, stall, size)
-
-    def __enter__(self) -> TargetProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(f"{__name__}:_load", life, stall, size, name=f"the target {life.instance}")
 
 
 def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
@@ -353,4 +274,4 @@ def _load(life: Life, stall: bool, size: int, link: Connection) -> None:
             for r in results
         ]
     )
-    _order(link)
+    wait_for_end(link)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.catalog import Catalog
+from ..tracing.dtypes import DTYPES
 from ..tracing.reachable import reachable_tensors
-from ..tracing.recorder import DTYPES
 from ..tracing.trace import Traced
 
 

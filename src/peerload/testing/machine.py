@@ -122,10 +122,6 @@ def carry_out(plan: Plan, sources: Sequence[Memory], target: Memory) -> None:
         to = int(target.address[layout.pieces.buffer[piece]]) + elements_at(layout, piece, box)
         at = int(source.address[theirs.pieces.buffer[held]]) + elements_at(theirs, held, box)
         target.write(to, source.read(at, ITEMSIZE[mine.dtype]))
-    for row, offer, held in plan.opaque:
-        wanted, given = layout.opaques[row], plan.offers[offer].layout.opaques[held]
-        numbers = sources[offer].read(sources[offer].address[[given.buffer]] + given.offset, given.nbytes)
-        target.write(target.address[[wanted.buffer]] + wanted.offset, numbers)
 
 
 def run_steps(lowered: Lowered, sources: Sequence[Memory], target: Memory) -> None:
@@ -203,7 +199,7 @@ def load_exactly(
     `expected`: per buffer, the number of every byte."""
     offers, last = ([o for one in some for o in one.offers] for some in (instances, reserve))
     plan = make_plan(wanted, offers, reserve=last, salt=str(wanted.rank))
-    need = int(wanted.piece_nbytes[wanted.written].sum()) + sum(o.nbytes for o in wanted.opaques)
+    need = int(wanted.piece_nbytes[wanted.written].sum())
     _equal("bytes of the plan", plan.nbytes, need)
     sources = behind(plan, [*instances, *reserve])
     memory = fresh(wanted)

@@ -1,6 +1,6 @@
 """Instances of transformers models in real processes, for tests of `peerload.load` and `peerload.seed`.
 
-    with running(offer, spec) as seed:
+    with RankProcesses(offer, spec) as seed:
         seed.hear()
         check(results(load, replace(spec, how="tp", size=2)))
 
@@ -10,12 +10,9 @@ the engine's own load of the same checkpoint.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,12 +23,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
+from transformers.distributed import DistributedConfig
 
 import peerload
 
 from ..engines.transformers.open import greedy, parameters_of
 from ..engines.transformers.quantized import kept
+from .processes import Child, close_all, hear_all, orders
 
 PROMPT: Final = [17, 42, 300, 5, 88]
 NEW_TOKENS: Final = 8
@@ -114,7 +112,7 @@ def offer(spec: Spec, link: Connection) -> None:
     model = built(spec)
     with peerload.seed(model, spec.config) as seed:
         link.send(sorted(seed.layout.buffer_names))
-        while (order := link.recv()) != "end":
+        for order in orders(link):
             if order == "halve":
                 with seed.changing(), torch.no_grad():
                     for parameter in model.parameters():
@@ -139,6 +137,20 @@ def spoil(spec: Spec, link: Connection) -> None:
         with peerload.seed(model, spec.config):
             link.send(("", "it succeeds"))
     except peerload.PeerloadError as error:
+        link.send((type(error).__name__, str(error)))
+
+
+def jam(spec: Spec, link: Connection) -> None:
+    """Change the weights of a seed of which rank 1 can't withdraw the old ones: what each rank raises."""
+    model = built(spec)
+    try:
+        with peerload.seed(model, spec.config) as seed:
+            if dist.get_rank() == 1:
+                assert seed._seed is not None, "it is a source"
+                seed._seed._fence.close()
+            with seed.changing():
+                link.send(("", "it succeeds"))
+    except Exception as error:
         link.send((type(error).__name__, str(error)))
 
 
@@ -175,79 +187,49 @@ def halved(spec: Spec, link: Connection) -> None:
 
 
 def run_rank(act: Act, spec: Spec, rank: int, link: Connection) -> None:
+    """`act` in this process, which is a rank of the group that `spec` describes."""
     torch.set_num_threads(1)
     if spec.device != "cpu":
         torch.cuda.set_device(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(spec.size))
-    try:
-        if spec.size > 1:
-            backend = "gloo" if spec.device == "cpu" else f"cpu:gloo,{spec.device}:nccl"
-            dist.init_process_group(backend, init_method=f"file://{spec.rendezvous}", rank=rank, world_size=spec.size)
-        act(spec, link)
-        if spec.size > 1:
-            dist.destroy_process_group()
-    except BaseException:
-        link.send(RuntimeError(traceback.format_exc()))
+    if spec.size > 1:
+        backend = "gloo" if spec.device == "cpu" else f"cpu:gloo,{spec.device}:nccl"
+        dist.init_process_group(backend, init_method=f"file://{spec.rendezvous}", rank=rank, world_size=spec.size)
+    act(spec, link)
+    if spec.size > 1:
+        dist.destroy_process_group()
 
 
-class Instance:
-    """The ranks of `spec`, each in a process that runs `act`."""
+class RankProcesses:
+    """The ranks of `spec`, each in a process that runs `act`, until the block ends."""
 
     def __init__(self, act: Act, spec: Spec) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["peerload.engines.transformers.api", "transformers.models.llama.modeling_llama"])
         self._directory = tempfile.TemporaryDirectory()
         spec = replace(spec, rendezvous=f"{self._directory.name}/rendezvous")
-        pairs = [context.Pipe() for _ in range(spec.size)]
-        self._links = [ours for ours, _ in pairs]
-        self._processes = [
-            context.Process(target=run_rank, args=(act, spec, rank, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pairs)
+        self._ranks = [
+            Child(f"{__name__}:run_rank", act, spec, rank, name=f"rank {rank} of {act.__name__}") for rank in range(spec.size)
         ]
-        for process in self._processes:
-            process.start()
+
+    def __enter__(self) -> RankProcesses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close_all(self._ranks)
+        self._directory.cleanup()
 
     def hear(self) -> list[Any]:
         """What each rank says next, by rank."""
-        said = []
-        for link in self._links:
-            assert link.poll(120), "a rank says nothing"
-            said.append(link.recv())
-        problems = [str(words) for words in said if isinstance(words, BaseException)]
-        assert not problems, "\n".join(problems)
-        return said
+        return hear_all(self._ranks, 120)
 
     def ask(self, order: str) -> None:
-        for link in self._links:
-            link.send(order)
-        assert self.hear() == ["done"] * len(self._links)
-
-    def close(self) -> None:
-        for link, process in zip(self._links, self._processes, strict=True):
-            if process.is_alive():
-                try:
-                    link.send("end")
-                except OSError:
-                    continue
-        for process in self._processes:
-            process.join(15)
-            if process.is_alive():
-                process.kill()
-        self._directory.cleanup()
-
-
-@contextmanager
-def running(act: Act, spec: Spec) -> Iterator[Instance]:
-    instance = Instance(act, spec)
-    try:
-        yield instance
-    finally:
-        instance.close()
+        for rank in self._ranks:
+            rank.tell(order)
+        assert self.hear() == ["done"] * len(self._ranks)
 
 
 def results(act: Act, spec: Spec) -> list[Any]:
-    with running(act, spec) as instance:
-        return instance.hear()
+    with RankProcesses(act, spec) as ranks:
+        return ranks.hear()
 
 
 def check(found: Sequence[Any], *, disk: bool = False) -> None:

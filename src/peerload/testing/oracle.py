@@ -16,7 +16,7 @@ from peerload.model.boxes import Box, IntArray
 from peerload.model.catalog import ITEMSIZE, Catalog, Parallel
 from peerload.model.layout import Layout
 
-from .layouts import Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Whole
+from .layouts import Blocks, Chunked, FirstRank, Heads, Model, Padded, Param, Part, Replicated, Split
 
 #: What a cell holds before anybody wrote to it, and when a loader filled it with zero.
 UNTOUCHED, ZERO = -1, -2
@@ -46,9 +46,9 @@ def _held(split: Split, extent: int, rank: int, size: int) -> list[int | None]:
     """The indices a rank keeps along the split's axis; None is a zero."""
     indices = list(range(extent))
     match split:
-        case Whole():
+        case Replicated():
             return [*indices]
-        case Cut():
+        case Chunked():
             units = [indices[i : i + split.unit] for i in range(0, extent, split.unit)]
             return [i for u in _dealt(range(len(units)), size)[rank] for i in units[u]]
         case Heads():
@@ -142,9 +142,7 @@ def elements_at(layout: Layout, piece: int, box: Box) -> IntArray:
 
 
 def scattered(layout: Layout, tensors: Mapping[str, IntArray]) -> dict[str, IntArray]:
-    """What each buffer of a layout must contain by its own boxes, constants and opaques; the rest stays untouched.
-
-    An opaque region holds numbers made from its name and tag, so that equal tags mean equal bytes."""
+    """What each buffer of a layout must contain by its own boxes and constants; the rest stays untouched."""
     buffers = [np.full(n, UNTOUCHED) for n in layout.buffer_nbytes.tolist()]
     for i, buffer in enumerate(layout.pieces.buffer.tolist()):
         spec, box = layout.tensor_of(i), layout.box_of(i)
@@ -152,7 +150,4 @@ def scattered(layout: Layout, tensors: Mapping[str, IntArray]) -> dict[str, IntA
         buffers[buffer][elements_at(layout, i, box)[:, None] + np.arange(elements.shape[1])] = elements
     for c in layout.constants:
         buffers[c.buffer][grid(c.offset, c.shape, c.strides)[:, None] + np.arange(len(c.fill))] = [ZERO - b for b in c.fill]
-    for o in layout.opaques:
-        first = -(1 << 40) - sum((i + 1) * 4096 * byte for i, byte in enumerate(f"{o.name} {o.tag}".encode()))
-        buffers[o.buffer][o.offset : o.offset + o.nbytes] = first - np.arange(o.nbytes)
     return dict(zip(layout.buffer_names, buffers, strict=True))

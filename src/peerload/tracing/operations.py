@@ -1,30 +1,46 @@
-"""Operations that move elements without computing: what a `Follower` notes instead of executing them.
+"""Operations that move elements without computing: what the recorder notes instead of executing them.
 
-Each function takes the operation's own arguments after the follower and returns the operation's result, a meta tensor (or
+Each function takes the operation's own arguments after the recorder and returns the operation's result, a meta tensor (or
 the tensor written), or None when these arguments are no plain move. May raise Inexpressible."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from .views import MOST_BOXES, Inexpressible
 
-if TYPE_CHECKING:
-    from .follow import Follower
+
+class Recording(Protocol):
+    """Where it is noted what moved."""
+
+    def move(self, into: Tensor, source: Tensor, operation: str) -> None:
+        """`into` now holds what `source`, of the same shape, holds, cast to its dtype."""
+
+    def constant(self, into: Tensor, value: object) -> None:
+        """All elements of `into` are `value`."""
+
+    def numbers(self, index: Tensor) -> list[int] | None:
+        """The elements of an index vector, or the positions that a mask picks; None when memory doesn't have them."""
+
+    def fresh(self, shape: Sequence[int], dtype: torch.dtype, label: str) -> Tensor:
+        """A meta tensor about to be written, and its name for people."""
+
+    def named(self, tensors: Iterable[Tensor]) -> str:
+        """Tensors, for people."""
 
 
-def _clone(follower: Follower, source: Tensor, *, memory_format: torch.memory_format | None = None, **_: object) -> Tensor:
+def _clone(recorder: Recording, source: Tensor, *, memory_format: torch.memory_format | None = None, **_: object) -> Tensor:
     out = like(source, memory_format=memory_format)
-    follower.move(out, source, "aten::clone")
+    recorder.move(out, source, "aten::clone")
     return out
 
 
 def _to_copy(
-    follower: Follower,
+    recorder: Recording,
     source: Tensor,
     *,
     dtype: torch.dtype | None = None,
@@ -32,105 +48,105 @@ def _to_copy(
     **_: object,
 ) -> Tensor:
     out = like(source, dtype, memory_format)
-    follower.move(out, source, "aten::_to_copy")
+    recorder.move(out, source, "aten::_to_copy")
     return out
 
 
-def _cat(follower: Follower, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+def _cat(recorder: Recording, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     parts = [t for t in tensors if t.dim() > 1 or t.numel()]  # empty vectors are ignored
     if not parts:
         return None
     dim %= parts[0].dim()
     shape = list(parts[0].shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
-    return _joined(follower, parts, shape, dim, "aten::cat")
+    return _joined(recorder, parts, shape, dim, "aten::cat")
 
 
-def _stack(follower: Follower, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _stack(recorder: Recording, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     dim %= tensors[0].dim() + 1
     shape = list(tensors[0].shape)
     shape.insert(dim, len(tensors))
-    return _joined(follower, [t.unsqueeze(dim) for t in tensors], shape, dim, "aten::stack")
+    return _joined(recorder, [t.unsqueeze(dim) for t in tensors], shape, dim, "aten::stack")
 
 
-def _joined(follower: Follower, parts: Sequence[Tensor], shape: Sequence[int], dim: int, operation: str) -> Tensor:
+def _joined(recorder: Recording, parts: Sequence[Tensor], shape: Sequence[int], dim: int, operation: str) -> Tensor:
     dtype = parts[0].dtype
     for p in parts[1:]:
         dtype = torch.promote_types(dtype, p.dtype)
-    out, at = fresh(follower, shape, dtype, f"{operation} of {follower.named(parts)}"), 0
+    out, at = recorder.fresh(shape, dtype, f"{operation} of {recorder.named(parts)}"), 0
     for p in parts:
-        follower.move(out.narrow(dim, at, p.shape[dim]), p, operation)
+        recorder.move(out.narrow(dim, at, p.shape[dim]), p, operation)
         at += p.shape[dim]
     return out
 
 
-def _index_select(follower: Follower, source: Tensor, dim: int, index: Tensor) -> Tensor | None:
-    picked = follower.numbers(index)
+def _index_select(recorder: Recording, source: Tensor, dim: int, index: Tensor) -> Tensor | None:
+    picked = recorder.numbers(index)
     if picked is None or not source.dim():
         return None
-    return _picked(follower, source, dim % source.dim(), picked, "aten::index_select")
+    return _picked(recorder, source, dim % source.dim(), picked, "aten::index_select")
 
 
-def _index(follower: Follower, source: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
-    at = _one_vector(follower, indices)
-    return None if at is None else _picked(follower, source, at[0], at[1], "aten::index")
+def _index(recorder: Recording, source: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
+    at = _one_vector(recorder, indices)
+    return None if at is None else _picked(recorder, source, at[0], at[1], "aten::index")
 
 
 def _index_put(
-    follower: Follower, into: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+    recorder: Recording, into: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Tensor | None:
-    at = None if accumulate else _one_vector(follower, indices)
+    at = None if accumulate else _one_vector(recorder, indices)
     if at is None:
         return None
     dim, picked = at
     shape = list(into.shape)
     shape[dim] = len(picked)
-    return _put_at(follower, into, dim, picked, values.expand(shape), "aten::index_put_")
+    return _put_at(recorder, into, dim, picked, values.expand(shape), "aten::index_put_")
 
 
-def _index_copy(follower: Follower, into: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor | None:
-    picked = follower.numbers(index)
+def _index_copy(recorder: Recording, into: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor | None:
+    picked = recorder.numbers(index)
     if picked is None or not into.dim():
         return None
-    return _put_at(follower, into, dim % into.dim(), picked, values, "aten::index_copy_")
+    return _put_at(recorder, into, dim % into.dim(), picked, values, "aten::index_copy_")
 
 
-def _put_at(follower: Follower, into: Tensor, dim: int, picked: list[int], values: Tensor, operation: str) -> Tensor:
+def _put_at(recorder: Recording, into: Tensor, dim: int, picked: list[int], values: Tensor, operation: str) -> Tensor:
     size = into.shape[dim]
     for at, start, step, count in _runs([i % size for i in picked]):
         place = torch.ops.aten.slice.Tensor(into, dim, start, start + step * (count - 1) + 1, step)
-        follower.move(place, values.narrow(dim, at, count), operation)
+        recorder.move(place, values.narrow(dim, at, count), operation)
     return into
 
 
-def _flip(follower: Follower, source: Tensor, dims: Sequence[int]) -> Tensor:
+def _flip(recorder: Recording, source: Tensor, dims: Sequence[int]) -> Tensor:
     out = source
     for dim in dims:
-        out = _picked(follower, out, dim % source.dim(), list(range(source.shape[dim]))[::-1], "aten::flip")
-    return out if dims else _clone(follower, source)
+        out = _picked(recorder, out, dim % source.dim(), list(range(source.shape[dim]))[::-1], "aten::flip")
+    return out if dims else _clone(recorder, source)
 
 
-def _roll(follower: Follower, source: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor | None:
+def _roll(recorder: Recording, source: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor | None:
     if not dims:
         return None  # over the flattened tensor
     out = source
     for shift, dim in zip(shifts, dims, strict=True):
         size = source.shape[dim]
-        out = _picked(follower, out, dim % source.dim(), [(i - shift) % size for i in range(size)], "aten::roll")
+        out = _picked(recorder, out, dim % source.dim(), [(i - shift) % size for i in range(size)], "aten::roll")
     return out
 
 
-def _repeat(follower: Follower, source: Tensor, repeats: Sequence[int]) -> Tensor:
+def _repeat(recorder: Recording, source: Tensor, repeats: Sequence[int]) -> Tensor:
     out = source.reshape((1,) * (len(repeats) - source.dim()) + tuple(source.shape)) if len(repeats) > source.dim() else source
     for dim, times in enumerate(repeats):
         if times != 1:
             shape = list(out.shape)
             shape[dim] *= times
-            out = _joined(follower, [out] * times, shape, dim, "aten::repeat") if times else out.narrow(dim, 0, 0)
-    return _clone(follower, out) if out.untyped_storage()._cdata == source.untyped_storage()._cdata else out
+            out = _joined(recorder, [out] * times, shape, dim, "aten::repeat") if times else out.narrow(dim, 0, 0)
+    return _clone(recorder, out) if out.untyped_storage()._cdata == source.untyped_storage()._cdata else out
 
 
-def _pad(follower: Follower, source: Tensor, pad: Sequence[int], value: float = 0) -> Tensor | None:
+def _pad(recorder: Recording, source: Tensor, pad: Sequence[int], value: float = 0) -> Tensor | None:
     if min(pad, default=0) < 0:
         return None
     shape, inside = list(source.shape), []
@@ -138,17 +154,17 @@ def _pad(follower: Follower, source: Tensor, pad: Sequence[int], value: float = 
         dim = source.dim() - 1 - k
         inside.append((dim, pad[2 * k], source.shape[dim]))
         shape[dim] += pad[2 * k] + pad[2 * k + 1]
-    out = fresh(follower, shape, source.dtype, f"aten::constant_pad_nd of {follower.named([source])}")
-    follower.constant(out, value)
+    out = recorder.fresh(shape, source.dtype, f"aten::constant_pad_nd of {recorder.named([source])}")
+    recorder.constant(out, value)
     middle = out
     for dim, start, size in inside:
         middle = middle.narrow(dim, start, size)
-    follower.move(middle, source, "aten::constant_pad_nd")
+    recorder.move(middle, source, "aten::constant_pad_nd")
     return out
 
 
 def _slice_scatter(
-    follower: Follower,
+    recorder: Recording,
     source: Tensor,
     values: Tensor,
     dim: int = 0,
@@ -156,25 +172,25 @@ def _slice_scatter(
     end: int | None = None,
     step: int = 1,
 ) -> Tensor:
-    out = _clone(follower, source, memory_format=torch.contiguous_format)
-    follower.move(torch.ops.aten.slice.Tensor(out, dim, start, end, step), values, "aten::slice_scatter")
+    out = _clone(recorder, source, memory_format=torch.contiguous_format)
+    recorder.move(torch.ops.aten.slice.Tensor(out, dim, start, end, step), values, "aten::slice_scatter")
     return out
 
 
-def _select_scatter(follower: Follower, source: Tensor, values: Tensor, dim: int, index: int) -> Tensor:
-    out = _clone(follower, source, memory_format=torch.contiguous_format)
-    follower.move(out.select(dim, index), values, "aten::select_scatter")
+def _select_scatter(recorder: Recording, source: Tensor, values: Tensor, dim: int, index: int) -> Tensor:
+    out = _clone(recorder, source, memory_format=torch.contiguous_format)
+    recorder.move(out.select(dim, index), values, "aten::select_scatter")
     return out
 
 
-def _picked(follower: Follower, source: Tensor, dim: int, picked: list[int], operation: str) -> Tensor:
+def _picked(recorder: Recording, source: Tensor, dim: int, picked: list[int], operation: str) -> Tensor:
     """Elements `picked` of a dimension, in that order."""
     size, shape = source.shape[dim], list(source.shape)
     shape[dim] = len(picked)
-    out = fresh(follower, shape, source.dtype, f"{operation} of {follower.named([source])}")
+    out = recorder.fresh(shape, source.dtype, f"{operation} of {recorder.named([source])}")
     for at, start, step, count in _runs([i % size for i in picked]):
         seen = torch.ops.aten.slice.Tensor(source, dim, start, start + step * (count - 1) + 1, step)
-        follower.move(out.narrow(dim, at, count), seen, operation)
+        recorder.move(out.narrow(dim, at, count), seen, operation)
     return out
 
 
@@ -194,12 +210,12 @@ def _runs(picked: Sequence[int]) -> list[tuple[int, int, int, int]]:
     return runs
 
 
-def _one_vector(follower: Follower, indices: Sequence[Tensor | None]) -> tuple[int, list[int]] | None:
+def _one_vector(recorder: Recording, indices: Sequence[Tensor | None]) -> tuple[int, list[int]] | None:
     """The dimension and the numbers of an index that has one known vector and otherwise takes all."""
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) != 1 or given[0][1].dim() != 1:
         return None
-    numbers = follower.numbers(given[0][1])
+    numbers = recorder.numbers(given[0][1])
     return None if numbers is None else (given[0][0], numbers)
 
 
@@ -209,13 +225,7 @@ def like(source: Tensor, dtype: torch.dtype | None = None, memory_format: torch.
     return torch.empty_like(shadow, memory_format=memory_format or torch.preserve_format)
 
 
-def fresh(follower: Follower, shape: Sequence[int], dtype: torch.dtype, label: str) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    follower.label(out, label)
-    return out
-
-
-#: By operation, functions of (follower, *arguments).
+#: By operation, functions of (recorder, *arguments).
 MOVES: Final[Mapping[str, Callable[..., Tensor | None]]] = {
     "aten::clone": _clone,
     "aten::_to_copy": _to_copy,

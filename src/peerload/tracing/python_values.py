@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from .follow import Follower
+from ..errors import LayoutError
+
+
+class Known(Protocol):
+    """What is known of tensors, and who is told of what happens to them."""
+
+    def known(self, tensor: Tensor) -> bool:
+        """Is anything known of its storage?"""
+
+    def loaded(self, tensor: Tensor) -> bool:
+        """May it see anything that depends on the checkpoint?"""
+
+    def move(self, into: Tensor, source: Tensor, operation: str) -> None:
+        """`into` now holds what `source`, of the same shape, holds."""
+
+    def housed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Unwritten memory on `device` that is known to hold what a meta tensor holds."""
+
+    def refuse(self, operation: str, tensors: Sequence[Tensor], why: str) -> LayoutError:
+        """The error to raise for what can't be followed."""
 
 
 class Item(float):
@@ -21,10 +40,10 @@ class Item(float):
     constant."""
 
     __slots__ = ("__weakref__", "_recorder", "source")
-    _recorder: Follower
+    _recorder: Known
     source: Tensor
 
-    def __new__(cls, recorder: Follower, source: Tensor) -> Item:
+    def __new__(cls, recorder: Known, source: Tensor) -> Item:
         self = super().__new__(cls, math.nan)
         self._recorder, self.source = recorder, source
         return self
@@ -51,10 +70,12 @@ for _name in (*_COMPARED, *sorted(set(dir(float)) - set(dir(object)))):
 
 
 class Functions(TorchFunctionMode):
-    """Sees calls before they lose their Python objects: `.item()`, what is filled with it, and `parameter.data = tracked`."""
+    """Sees calls before they lose their Python objects: `.item()`, what is filled with it, and `parameter.data = tracked`.
+    `items`: the values asked for, as long as the engine keeps them."""
 
-    def __init__(self, recorder: Follower) -> None:
+    def __init__(self, recorder: Known) -> None:
         super().__init__()
+        self.items: list[weakref.ref[Item]] = []
         self._recorder = recorder
         self._handlers: dict[object, Callable[..., object]] = {
             Tensor.item: self._item,
@@ -75,10 +96,8 @@ class Functions(TorchFunctionMode):
     ) -> object:
         handler = self._handlers.get(func)
         if handler is None:
-            for value in (*args, *kwargs.values()) if kwargs else args:
-                if type(value) is Item or (type(value) in (list, tuple) and any(type(v) is Item for v in value)):  # type: ignore[attr-defined]
-                    value = value if type(value) is Item else next(v for v in value if type(v) is Item)  # type: ignore[attr-defined]
-                    value.asked()
+            if self.items:
+                _refuse_items((*args, *(kwargs or {}).values()))
             return func(*args, **(kwargs or {}))
         return handler(func, *args, **(kwargs or {}))
 
@@ -86,7 +105,7 @@ class Functions(TorchFunctionMode):
         if source.numel() != 1 or not self._recorder.loaded(source):
             return func(source)
         item = Item(self._recorder, source)
-        self._recorder.items.append(weakref.ref(item))
+        self.items.append(weakref.ref(item))
         return item
 
     def _look(self, func: Callable[..., object], source: Tensor, *args: object, **kwargs: object) -> object:
@@ -112,3 +131,11 @@ class Functions(TorchFunctionMode):
         if into.device.type != "meta" and value.device.type == "meta" and self._recorder.known(value):
             value = self._recorder.housed(value, into.device)
         func(into, value)
+
+
+def _refuse_items(values: Iterable[object]) -> None:
+    """Raise LayoutError for an `Item` among the arguments of a call that has no use for it."""
+    for value in values:
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(inner, Item):
+                inner.asked()

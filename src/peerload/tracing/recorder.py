@@ -1,134 +1,92 @@
-"""Traced layouts: run an engine's own loading code on tracked tensors and note which checkpoint element each byte holds.
+"""The one recorder of all engines: it runs an engine's own loading code and notes which checkpoint element each byte holds.
 
-`Recorder.source` stands in for a box of a checkpoint tensor. Under the recorder, views of it are free, what copies it
-(clone, cat, stack, copy_, a change of device) is noted and *not executed*, and anything that would compute with it is a
-`LayoutError` naming tensor and operation. So it is the same code on `meta` tensors (no weights, no memory) and on real
-memory that nobody has touched yet. `layout_of` then turns parameters into a `Layout`, or names the parameter it can't.
+The sources stand for the checkpoint's tensors: meta tensors. The model's tensors may be real ones of any device. An operation is
+- a view: made;
+- the engine's own business, when nothing of the checkpoint is in its arguments: executed;
+- a move of elements (copies, joins, flips, gathers by known indices): noted, not executed;
+- a cast: noted as a move, see `storages.py`;
+- anything else: run on meta for shapes and dtypes only, and what it makes or writes is `Taint`ed with its sources' names;
+- a question about values (`.item()`, `bool()`, a shape that depends on data): LayoutError. The one answer to `.item()` that
+  can be followed is to hand it on to `fill_`: an `Item` stands for the value and does nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Final, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import LayoutError
-from ..model.boxes import Box
-from ..model.catalog import Catalog, Parallel
-from ..model.layout import Constant, Layout, Piece, Pieces
-from .contents import Contents, Held, count, moved, part
+from .contents import Held, Taint
+from .operations import MOVES
+from .python_values import Functions, Item
+from .storages import ENGINE, MOVED, Storages, computed, constant, view_of, whole
 from .views import Inexpressible, View
 
-#: Makes memory for tensors that the recorder creates: (shape, dtype) -> a contiguous tensor in a storage of its own or of
-#: the caller's. Its contents are neither read nor written here.
-Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
-
-#: torch dtype by safetensors name.
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "F32": torch.float32,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "F64": torch.float64,
-    }
-)
-DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-
-#: Operations that look at a tensor's shape and dtype only.
-_SHAPE_ONLY: Final = frozenset(
-    f"aten::{name}"
-    for name in (
-        "empty_like",
-        "new_empty",
-        "new_empty_strided",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-    )
-)
-
-
-def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The allocator for tracing without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@dataclass(slots=True)
-class Storage:
-    """What is known of a storage. The weak reference keeps its address from being given to another one. `itemsize` (bytes)
-    is the unit that `held` counts in; `watched`: it existed before loading."""
-
-    alive: StorageWeakRef
-    label: str
-    itemsize: int
-    watched: bool = False
-    held: Contents = field(default_factory=Contents)
-
-
-def view_of(tensor: Tensor) -> View:
-    return View(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+#: Operations that look at a tensor's shape, dtype or storage only, by the constant that they fill their result with.
+_FACTORIES: Final[Mapping[str, object]] = {
+    "aten::empty_like": None,
+    "aten::new_empty": None,
+    "aten::new_empty_strided": None,
+    "aten::empty": None,
+    "aten::empty_strided": None,
+    "aten::new_zeros": 0,
+    "aten::zeros_like": 0,
+    "aten::zeros": 0,
+    "aten::new_ones": 1,
+    "aten::ones_like": 1,
+    "aten::ones": 1,
+}
+_FULL: Final[Mapping[str, int]] = {"aten::full": 1, "aten::full_like": 1, "aten::new_full": 2}
+_SHAPE_QUESTIONS: Final = frozenset(("aten::is_same_size", "aten::size", "aten::sym_size", "aten::stride", "aten::numel"))
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Active as a context manager, in the thread that loads. Holds no memory: storages live as long as their tensors.
+    """Active as a context manager, in the thread that loads. `storages` has what it has seen.
 
     `refusals` keeps every LayoutError raised, because engines catch errors of their conversions and report others."""
 
-    def __init__(self, allocate: Allocate = on_meta) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: Final = Storages()
         self.refusals: list[LayoutError] = []
-        self._allocate = allocate
-        self._storages: dict[int, Storage] = {}
+        self._functions = Functions(self)
+        self.known, self.loaded, self.named = self.storages.known, self.storages.loaded, self.storages.named
+
+    def __enter__(self) -> Recorder:
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def source(self, name: str, start: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that stands for the box of checkpoint tensor `name` of this `shape` from index `start`."""
-        tensor = self._allocate(tuple(shape), dtype)
-        held = [Held(name, tuple(start), view_of(tensor))] if tensor.numel() else []
-        self._note(tensor, name).held.add(held)
+        """A meta tensor that stands for the box of checkpoint tensor `name` of this `shape` from index `start`."""
+        tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self.storages.source(tensor, name, start)
         return tensor
 
-    def watch(self, parameters: Mapping[str, Tensor]) -> None:
-        """Parameters that exist before loading: from here on, whatever is written into them must be explained."""
-        for name, tensor in parameters.items():
-            self._note(tensor, name).watched = True
+    def refuse(self, operation: str, tensors: Sequence[Tensor], why: str) -> LayoutError:
+        """The error to raise for an operation that can't be followed."""
+        labels = sorted({self.storages.label(t) for t in tensors})
+        error = LayoutError(
+            f"{', '.join(labels[:3])}: the engine's loader applies {operation}, which can't be followed: {why}",
+            next_step="let the engine load this model itself; its layout can't be derived from its loader",
+        )
+        self.refusals.append(error)
+        return error
 
-    def known(self, tensor: Tensor) -> bool:
-        """Does its storage hold (or await) checkpoint elements?"""
-        return tensor.untyped_storage()._cdata in self._storages
-
-    def held(self, tensor: Tensor) -> list[Held]:
-        """What a tensor of a known storage holds, `view`s being offsets from the tensor's first element."""
-        mine, found = view_of(tensor), []
-        inside = mine.dense
-        for held in self._storages[tensor.untyped_storage()._cdata].held.near(mine):
-            if inside and mine.offset <= held.view.offset and held.view.stop <= mine.stop:
-                found.append(held.at(held.start, moved(held.view, -mine.offset)))
-                continue
-            found += [held.at(start, moved(view, -mine.offset)) for start, view in part(held, mine, mine)]
-        return found
+    def kept_item(self) -> Item | None:
+        """One of the values that the engine asked for and still holds."""
+        return next((item for item in (reference() for reference in self._functions.items) if item is not None), None)
 
     def __torch_dispatch__(
         self,
@@ -137,128 +95,175 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        kwargs = kwargs or {}
-        kinds = {kind for kind in types if kind is not Tensor and kind is not torch.nn.Parameter}
-        if FakeTensor in kinds:
-            return func(*args, **kwargs)  # DTensor's shape arithmetic
-        if kinds:
+        if FakeTensor in types:
+            return func(*args, **(kwargs or {}))  # DTensor's shape arithmetic
+        plain = torch._C._disabled_torch_dispatch_impl
+        if any(getattr(kind, "__torch_dispatch__", plain) is not plain for kind in types):
             return NotImplemented  # DTensor and its like come back with their local tensors
-        tracked = [t for t in tensors_in(args, kwargs) if self.known(t)]
-        if not tracked:
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        if _is_view(func):
             return func(*args, **kwargs)
+        tensors = list(tensors_in(args, kwargs))
+        tracked = [t for t in tensors if self.known(t)]
         name = func._schema.name
-        try:
-            if name == "aten::copy_":
-                return self._copy(args)
-            if name in ("aten::zero_", "aten::fill_"):
-                return self._fill(args[0], 0 if name == "aten::zero_" else args[1])
-            if name in ("aten::clone", "aten::_to_copy"):
-                return self._clone(func, tracked[0], kwargs)
-            if name in ("aten::cat", "aten::stack"):
-                return self._join(name == "aten::stack", args, kwargs)
-            if name == "aten::equal":
-                # Two tensors of a checkpoint are never assumed equal; one is equal to itself.
-                return len(tracked) == 2 and self._same(tracked[0], tracked[1])
-        except Inexpressible as problem:
-            raise self._refuse(name, tracked, str(problem)) from problem
-        if name in _SHAPE_ONLY:
-            return func(*args, **kwargs)
-        if name == "aten::_unsafe_view" or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
+        if not tracked:
             out = func(*args, **kwargs)
-            views = list(tensors_in((out,), {}))
-            if all(self.known(v) and v.element_size() == tracked[0].element_size() for v in views):
+            if name in _FACTORIES or name in _FULL:
+                self._made(name, args, kwargs, out)
+            return out
+        if name == "aten::copy_":
+            return self._copied(func, args[0], args[1])  # type: ignore[arg-type]
+        if name in ("aten::resize_", "aten::set_"):
+            raise self.refuse(name, tracked, "it exchanges the memory behind a tensor")
+        if name in ("aten::zero_", "aten::fill_"):
+            return self._filled(args[0], 0 if name == "aten::zero_" else args[1])  # type: ignore[arg-type]
+        if name in _FACTORIES or name in _FULL:
+            out = func(*args, **kwargs)
+            self._made(name, args, kwargs, out)
+            return out
+        if all(t.device.type != "meta" and not self.loaded(t) for t in tensors):
+            return self._executed(func, args, kwargs)
+        if _is_composite(func):
+            with _again(self):  # under inference_mode operations come before they are decomposed
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
                 return out
-        raise self._refuse(name, tracked, "it is neither a view nor a copy")
+        move = MOVES.get(name)
+        if move is not None:
+            try:
+                out = move(self, *args, **kwargs)
+            except Inexpressible as problem:
+                return self._tainted(func, args, kwargs, str(problem))
+            if out is not None:
+                return out
+        if name in _SHAPE_QUESTIONS:
+            return func(*args, **kwargs)
+        if name == "aten::equal" and len(tracked) == 2 and self._same(tracked[0], tracked[1]):
+            return True
+        return self._tainted(func, args, kwargs)
 
-    def _note(self, tensor: Tensor, label: str) -> Storage:
-        storage = tensor.untyped_storage()
-        known = self._storages.get(storage._cdata)
-        if known is None:
-            alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            known = self._storages[storage._cdata] = Storage(alive, label, tensor.element_size())
-        return known
+    def _executed(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Nothing of the checkpoint is in it: it really happens, and what it wrote is the engine's own."""
+        out = func(*args, **kwargs)
+        for tensor in _written(func, args, kwargs):
+            if self.known(tensor):
+                self._put(tensor, [computed(view_of(tensor), ENGINE)])
+        return out
 
-    def _refuse(self, operation: str, tensors: Sequence[Tensor], why: str) -> LayoutError:
-        labels = sorted({self._storages[t.untyped_storage()._cdata].label for t in tensors})
-        error = LayoutError(
-            f"{', '.join(labels[:3])}: the engine's loader applies {operation}, which can't be followed: {why}",
-            next_step="let the engine load this model itself; its layout can't be derived from its loader",
-        )
-        self.refusals.append(error)
-        return error
+    def _made(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
+        """A new meta tensor has no values that could be looked up later, so a constant is noted."""
+        if not isinstance(out, Tensor) or out.device.type != "meta":
+            return
+        self.storages.note(out, f"a result of {name}")
+        at = _FULL.get(name)
+        value = _FACTORIES[name] if at is None else kwargs.get("fill_value", args[at] if len(args) > at else None)
+        if isinstance(value, int | float | bool) and out.numel():
+            self._put(out, [constant(view_of(out), value, out.dtype)])
 
-    def _copy(self, args: tuple[object, ...]) -> Tensor:
-        into, source = args[0], args[1]
-        assert isinstance(into, Tensor)  # by the operation's schema, as is what follows
-        assert isinstance(source, Tensor)
-        if not self.known(source):
-            raise self._refuse("aten::copy_", [into], "the values come from no checkpoint tensor")
-        if source.dtype != into.dtype:
-            raise self._refuse("aten::copy_", [source], f"it casts {source.dtype} to {into.dtype}")
-        self._write(into, source.expand(into.shape))
+    def _copied(self, func: torch._ops.OpOverload, into: Tensor, source: Tensor) -> Tensor:
+        if (source.device.type == "meta" and self.known(source)) or self.loaded(source):
+            self.move(into, source if source.shape == into.shape else source.expand(into.shape), "aten::copy_")
+            return into
+        if source.device.type == "meta":
+            self._put(into, [computed(view_of(into), ENGINE if into.device.type == "meta" else MOVED)])
+            return into
+        func(into, source)
+        self._put(into, [whole(view_of(into), source, into.dtype)])
         return into
 
-    def _fill(self, into: object, value: object) -> Tensor:
-        assert isinstance(into, Tensor)  # by the operation's schema
-        if not isinstance(value, int | float | bool):
-            labelled = [t for t in (into, value) if isinstance(t, Tensor) and self.known(t)]
-            raise self._refuse("aten::fill_", labelled, "the value is no constant")
+    def _filled(self, into: Tensor, value: object) -> Tensor:
+        if isinstance(value, Tensor):
+            return self._copied(torch.ops.aten.copy_.default, into, value)
+        into.fill_(value)  # type: ignore[call-overload]
         if into.numel():
-            fill = torch.full((1,), value, dtype=into.dtype).view(torch.uint8).numpy().tobytes()
-            self._storages[into.untyped_storage()._cdata].held.replace(
-                view_of(into), [Held("", (0,) * into.dim(), view_of(into), fill)]
-            )
+            self._put(into, [constant(view_of(into), value, into.dtype)])
         return into
 
-    def _clone(self, func: torch._ops.OpOverload, source: Tensor, kwargs: Mapping[str, object]) -> Tensor:
-        dtype = kwargs.get("dtype")
-        if dtype is not None and dtype != source.dtype:
-            raise self._refuse(func._schema.name, [source], f"it casts {source.dtype} to {dtype}")
-        shadow = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
-        like = torch.clone(shadow, memory_format=kwargs.get("memory_format") or torch.preserve_format)  # type: ignore[arg-type]
-        out = self._allocate(tuple(like.shape), source.dtype)
-        if out.stride() != like.stride():
-            out = out.as_strided(like.shape, like.stride())
-        self._write(out, source)
-        return out
+    def _tainted(
+        self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object], why: str = ""
+    ) -> object:
+        """Run it on meta. What it writes or returns is computed from all that it saw."""
+        tensors = list(tensors_in(args, kwargs))
+        tracked = [t for t in tensors if self.known(t)]
+        name = func._schema.name
+        taint = Taint(self.storages.covers(tracked), f"{name} of {self.storages.named(tracked)}" + (f": {why}" if why else ""))
+        flat, spec = tree_flatten((args, dict(kwargs)))
+        shadows: dict[int, Tensor] = {id(t): _shadow(t) for t in tensors}
+        flat = [
+            shadows.get(id(x), x) if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x
+            for x in flat
+        ]
+        meta_args, meta_kwargs = tree_unflatten(flat, spec)
+        try:
+            out = func(*meta_args, **meta_kwargs)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as problem:
+            first = (str(problem).splitlines() or [repr(problem)])[0]
+            raise self.refuse(name, tracked, f"its result depends on values ({first})") from problem
+        back = {id(shadow): t for t in tensors for shadow in (shadows[id(t)],)}
+        for tensor in _written(func, args, kwargs):
+            own = not taint.covers and tensor.device.type == "meta"
+            self._put(tensor, [computed(view_of(tensor), ENGINE if own else taint)])
+        leaves, form = tree_flatten(out)
+        if any(leaf is not None and not isinstance(leaf, Tensor) for leaf in leaves):
+            raise self.refuse(name, tracked, "a value is needed to go on")
+        result = [back.get(id(leaf), leaf) for leaf in leaves]
+        for tensor in result:
+            if isinstance(tensor, Tensor) and not self.known(tensor):
+                self.storages.note(tensor, f"{name} of {self.storages.named(tracked)}")
+                if tensor.numel():
+                    self._put(tensor, [computed(view_of(tensor), taint)])
+        return tree_unflatten(result, form)
 
-    def _join(self, stack: bool, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
-        operation = "aten::stack" if stack else "aten::cat"
-        parts, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        assert isinstance(parts, list | tuple)  # by the operation's schema, as is what follows
-        assert isinstance(dim, int)
-        parts = [p for p in parts if stack or p.dim() > 1 or p.numel()]  # cat ignores empty vectors
-        stray = [p for p in parts if not self.known(p)]
-        if stray:
-            raise self._refuse(operation, [p for p in parts if self.known(p)], "some of the parts come from no checkpoint tensor")
-        if len({p.dtype for p in parts}) > 1:
-            raise self._refuse(operation, parts, "the parts differ in dtype")
-        shape = list(parts[0].shape)
-        dim %= len(shape) + stack
-        if stack:
-            shape.insert(dim, len(parts))
-        else:
-            shape[dim] = sum(p.shape[dim] for p in parts)
-        out, at = self._allocate(tuple(shape), parts[0].dtype), 0
-        self._note(out, f"{operation} of {self._storages[parts[0].untyped_storage()._cdata].label}")
-        for piece in parts:
-            size = 1 if stack else piece.shape[dim]
-            self._write(out.narrow(dim, at, size), piece.unsqueeze(dim) if stack else piece, fresh=True)
-            at += size
-        return out
+    # What operations.py and python_values.py are given
 
-    def _write(self, into: Tensor, source: Tensor, *, fresh: bool = False) -> None:
-        """Note that `into` now holds what `source`, of the same shape, holds. `fresh`: it held nothing before."""
-        origin = self._storages[source.untyped_storage()._cdata]
-        target = self._note(into, origin.label)
+    def move(self, into: Tensor, source: Tensor, operation: str) -> None:
+        """`into` now holds what `source`, of the same shape, holds, cast to its dtype. Nothing is executed."""
         if not into.numel():
             return
-        mine, where = view_of(source), view_of(into)
-        new = [h.at(start, view) for h in origin.held.near(mine) for start, view in part(h, mine, where)]
-        if fresh:
-            target.held.add(new)
-        else:
-            target.held.replace(where, new)
+        where = view_of(into)
+        try:
+            new = self.storages.seen(source, where, into.dtype)
+        except Inexpressible as problem:
+            why = f"{operation} of {self.named([source])}: {problem}"
+            new = [computed(where, Taint(self.storages.covers([source]), why))]
+        self._put(into, new, self.storages.label(source), where)
+
+    def constant(self, into: Tensor, value: object) -> None:
+        """All elements of a tensor are `value`."""
+        if into.numel():
+            self._put(into, [constant(view_of(into), value, into.dtype)])
+
+    def numbers(self, index: Tensor) -> list[int] | None:
+        """The elements of an index vector, when memory has them; a mask's are the positions that it picks."""
+        if index.device.type == "meta" or self.loaded(index):
+            return None
+        return (index.nonzero().flatten() if index.dtype in (torch.bool, torch.uint8) else index).tolist()
+
+    def fresh(self, shape: Sequence[int], dtype: torch.dtype, label: str) -> Tensor:
+        """A meta tensor about to be written."""
+        out = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self.storages.note(out, label)
+        return out
+
+    def housed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Unwritten memory on `device` that is known to hold what a meta tensor holds."""
+        real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        self.storages.note(real, self.storages.label(tensor))
+        if tensor.numel():
+            self._put(real, [computed(view_of(real), MOVED)])
+        self.move(real, tensor, "aten::copy_")
+        return real
+
+    def _put(self, into: Tensor, new: list[Held], label: str = "", where: View | None = None) -> None:
+        """NaN as a constant may have been computed from an `Item` by code that doesn't ask it."""
+        if self._functions.items and into.dtype.is_floating_point:
+            for held in new:
+                if held.fill and bool(torch.frombuffer(bytearray(held.fill), dtype=torch.uint8).view(into.dtype).float().isnan()):
+                    raise self.refuse("item()", [], "it stores NaN after asking for a value")
+        self.storages.put(into, new, label, where)
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata and view_of(a) == view_of(b)
@@ -272,76 +277,44 @@ def tensors_in(args: Iterable[object], kwargs: Mapping[str, object]) -> Iterator
             yield from (v for v in value if isinstance(v, Tensor))
 
 
-def layout_of(
-    recorder: Recorder,
-    parameters: Mapping[str, Tensor],
-    catalog: Catalog,
-    *,
-    parallel: Parallel,
-    rank: int,
-    ignored: Mapping[str, str],
-) -> Layout:
-    """Where the (local) `parameters` of a rank keep the tensors of `catalog`: one buffer each, named like the parameter,
-    tied ones sharing the first one's. A tied name that the catalog lacks is added to it, as an alias.
-
-    Raises LayoutError, naming the parameter, unless each of its elements is a checkpoint element or a stated constant.
-    """
-    groups: dict[tuple[int, View], list[str]] = {}
-    for name, tensor in parameters.items():
-        if tensor.numel():
-            groups.setdefault((tensor.untyped_storage()._cdata, view_of(tensor)), []).append(name)
-    explained = {names[0]: _explained(recorder, names[0], parameters[names[0]]) for names in groups.values()}
-    aliases: dict[str, str] = {}
-    for first, *others in groups.values():
-        stored = {h.name for h in explained[first]}
-        if others and len(stored) == 1:
-            name = stored.pop()
-            aliases.update((other, name) for other in (first, *others) if name in (first, *others) and other != name)
-    extra = [catalog[catalog.row[name]]._replace(name=alias) for alias, name in aliases.items() if alias not in catalog.row]
-    catalog = Catalog.of([*catalog, *extra]) if extra else catalog
-    tied: dict[str, list[str]] = {}
-    for alias, name in aliases.items():
-        tied.setdefault(name, []).append(alias)
-    pieces: list[Piece] = []
-    constants: list[Constant] = []
-    for buffer, (name, parts) in enumerate(explained.items()):
-        itemsize = parameters[name].element_size()
-        for held in parts:
-            offset, strides = held.view.offset * itemsize, tuple(s * itemsize for s in held.view.stride)
-            if not held.name:
-                constants.append(Constant(buffer, offset, held.view.shape, strides, held.fill))
-                continue
-            stop = tuple(a + n for a, n in zip(held.start, held.view.shape, strict=True))
-            names = (held.name, *tied.get(held.name, ()))
-            pieces += [Piece(catalog.row[n], Box(held.start, stop), buffer, offset, strides) for n in names]
-    nbytes = [parameters[name].numel() * parameters[name].element_size() for name in explained]
-    return Layout(
-        catalog,
-        tuple(explained),
-        np.array(nbytes, np.int64),
-        Pieces.of(pieces, catalog.width),
-        tuple(constants),
-        aliases=aliases,
-        ignored=ignored,
-        parallel=parallel,
-        rank=rank,
-    )
-
-
-def _explained(recorder: Recorder, name: str, tensor: Tensor) -> list[Held]:
-    """What a parameter holds, or LayoutError when that isn't all of it."""
-    if not recorder.known(tensor):
-        raise LayoutError(f"{name}: the engine made it without a checkpoint tensor", next_step="look for it in the checkpoint")
-    if not view_of(tensor).dense:
-        raise LayoutError(f"{name}: its {tuple(tensor.shape)} elements lie scattered, with strides {tuple(tensor.stride())}")
+@contextmanager
+def _again(recorder: Recorder) -> Iterator[None]:
+    """The recorder's own mode on, which is off while it handles an operation."""
+    TorchDispatchMode.__enter__(recorder)  # type: ignore[no-untyped-call]
     try:
-        held = recorder.held(tensor)
-    except Inexpressible as problem:
-        raise LayoutError(f"{name}: where its elements come from can't be described: {problem}") from problem
-    missing = tensor.numel() - count(held)
-    if missing:
-        raise LayoutError(
-            f"{name}: {missing} of its {tensor.numel()} elements are neither a checkpoint tensor's nor a stated constant",
-            next_step="the engine's loader would leave them as they are; is the checkpoint complete?",
+        yield
+    finally:
+        TorchDispatchMode.__exit__(recorder, None, None, None)  # type: ignore[no-untyped-call]
+
+
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def _is_view(func: torch._ops.OpOverload) -> bool:
+    known = _VIEWS.get(func)
+    if known is None:
+        returns = func._schema.returns
+        known = any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or (
+            torch.Tag.inplace_view in func.tags and func._schema.name not in ("aten::resize_", "aten::set_")
         )
-    return held
+        known = known and not _is_composite(func)  # reshape, contiguous, to: perhaps a view
+        known = _VIEWS[func] = known or func._schema.name in ("aten::_unsafe_view", "aten::_reshape_alias")
+    return known
+
+
+_VIEWS: Final[dict[torch._ops.OpOverload, bool]] = {}
+
+
+def _written(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterator[Tensor]:
+    """The arguments that an operation writes, by its schema."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from (v for v in tree_leaves(value) if isinstance(v, Tensor))
+
+
+def _shadow(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "meta":
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

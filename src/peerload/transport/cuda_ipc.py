@@ -43,7 +43,7 @@ FEW: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description(Process):
+class CudaDescription(Process):
     """What `CudaIpcTransport.describe` says. address, nbytes, block are columns of regions, `block` being the row of the block
     that a region lies in; base, size, handle (hexadecimal) are columns of blocks, all of GPU `gpu`."""
 
@@ -87,7 +87,7 @@ class CudaIpcTransport:
         self._regions: dict[tuple[int, int], Region] = {}
         self._table, self._on_device = RegionTable([], []), np.zeros(0, np.bool_)
         self._handover: Handover | None = None
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, _CudaPeer] = {}
         self._connected = 0
         self._closed = False
 
@@ -126,7 +126,7 @@ class CudaIpcTransport:
                 blocks.append(self._block_of(region))
             of.append(len(blocks) - 1)
         return encode(
-            Description(
+            CudaDescription(
                 host=boot_id(),
                 pid_namespace=pid_namespace(),
                 pid=os.getpid(),
@@ -144,9 +144,9 @@ class CudaIpcTransport:
         )
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
-        told = decode(Description, description, source)
+        told = decode(CudaDescription, description, source)
         try:
-            peer = _Peer(told, source, self._device, deadline)
+            peer = _CudaPeer(told, source, self._device, deadline)
         except HostError as error:  # the driver's, about memory or a GPU that the source named
             raise SourceUnreachable(source, error.message, next_step=error.next_step) from error
         with self._idle:
@@ -272,10 +272,10 @@ _EXPORTABLE: Final = (
 )
 
 
-class _Peer:
+class _CudaPeer:
     """A source whose blocks are mapped here. SourceUnreachable says why not."""
 
-    def __init__(self, told: Description, source: str, device: Device, deadline: Deadline) -> None:
+    def __init__(self, told: CudaDescription, source: str, device: Device, deadline: Deadline) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
         self.shift: IntArray = np.zeros(len(told.address), np.int64)  # by region: from its address there to its address here
@@ -315,7 +315,7 @@ class _Peer:
         self._stack.close()
 
 
-def _owner(told: Description, source: str, device: Device) -> int:
+def _owner(told: CudaDescription, source: str, device: Device) -> int:
     """The source's GPU as this process counts; one that ours can read."""
     here = count()
     for number in range(here):

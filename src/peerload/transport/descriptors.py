@@ -38,7 +38,7 @@ PAUSE_S: Final = 0.2
 log = logging.getLogger(__name__)
 
 
-class _Reader:
+class _Connected:
     """A connected reader as its giver sees it. `talk` does its part until it has to wait, and says for what; when it is over,
     nothing more is due, and the connection stays only to show that we live."""
 
@@ -66,7 +66,7 @@ class Handover:
         self._listener.listen(64)
         self._listener.setblocking(False)
         self._stop, self._stopped = socket.socketpair()
-        self._readers: dict[int, _Reader] = {}  # by descriptor
+        self._readers: dict[int, _Connected] = {}  # by descriptor
         self._resume_s = 0.0  # when to accept again
         self._told = False
         self._thread = threading.Thread(target=self._serve, name="peerload-handover", daemon=True)
@@ -124,7 +124,7 @@ class Handover:
                 selector.unregister(self._listener)
             return
         peer.setblocking(False)
-        reader = _Reader(peer, self._talk(peer))
+        reader = _Connected(peer, self._talk(peer))
         if credentials(peer)[1] not in (os.geteuid(), 0) or not self._room(selector):
             reader.close()
             return
@@ -141,7 +141,7 @@ class Handover:
             self._drop(selector, oldest)
         return oldest is not None
 
-    def _go_on(self, selector: DefaultSelector, reader: _Reader) -> None:
+    def _go_on(self, selector: DefaultSelector, reader: _Connected) -> None:
         """An event has come for `reader`; one that has all it asked for has nothing to say but that it leaves."""
         if reader.content:
             self._drop(selector, reader)
@@ -154,7 +154,7 @@ class Handover:
         except OSError:
             self._drop(selector, reader)
 
-    def _drop(self, selector: DefaultSelector, reader: _Reader) -> None:
+    def _drop(self, selector: DefaultSelector, reader: _Connected) -> None:
         del self._readers[reader.socket.fileno()]
         selector.unregister(reader.socket)
         reader.close()

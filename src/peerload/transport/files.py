@@ -82,7 +82,7 @@ class FilesTransport:
         self._lock = threading.Lock()
         self._regions: dict[tuple[int, int], Region] = {}
         self._here = RegionTable([], [])
-        self._peers: dict[str, _Opened] = {}
+        self._peers: dict[str, _OpenFiles] = {}
         self._connected = 0
 
     def register(self, regions: Sequence[Region]) -> None:
@@ -96,7 +96,7 @@ class FilesTransport:
         return self._files.encode()
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
-        opened = _Opened(decode(FileSet, description, source), source, deadline)
+        opened = _OpenFiles(decode(FileSet, description, source), source, deadline)
         with self._lock:
             self._connected += 1
             handle = f"{source}#{self._connected}"
@@ -133,7 +133,7 @@ class FilesTransport:
             peer.close()
 
 
-class _Opened:
+class _OpenFiles:
     """Described files, open. Raises SourceUnreachable for files that are not there or not those described."""
 
     def __init__(self, files: FileSet, source: str, deadline: Deadline) -> None:

@@ -30,7 +30,7 @@ from ..planning.batch import Batch
 from .base import Limits
 from .descriptions import decode, encode
 from .descriptors import Handover
-from .local_peer import CMA, MAPPED, Attached, Description, sealed
+from .local_peer import CMA, MAPPED, Attached, LocalDescription, sealed
 from .process import boot_id, cores, pid_namespace, ptrace_scope, start_time
 from .regions import RegionTable
 from .threads import Crew, chunked
@@ -89,7 +89,7 @@ class LocalTransport:
                 self._handover = Handover(self._descriptors)
             rows = list(self._registered.values())
             return encode(
-                Description(
+                LocalDescription(
                     host=boot_id(),
                     pid_namespace=pid_namespace(),
                     pid=os.getpid(),
@@ -104,7 +104,7 @@ class LocalTransport:
             )
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
-        peer = Attached(decode(Description, description, source), source, deadline)
+        peer = Attached(decode(LocalDescription, description, source), source, deadline)
         with self._lock:
             if not self._closed:
                 self._connected += 1

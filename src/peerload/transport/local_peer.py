@@ -36,7 +36,7 @@ MAPPED: Final = -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description(Process):
+class LocalDescription(Process):
     """What `LocalTransport.describe` says. address, nbytes, file, offset are columns of regions: `file` is the number of
     the memfd that holds the region from byte `offset`, or -1 for memory that only CMA reaches."""
 
@@ -55,7 +55,7 @@ class Attached:
     """Connected and mapped on construction, by `deadline`; raises SourceUnreachable with the reason. Use as a context around each
     read: mappings go when the peer is lost or closed and the last read has left."""
 
-    def __init__(self, told: Description, source: str, deadline: Deadline) -> None:
+    def __init__(self, told: LocalDescription, source: str, deadline: Deadline) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
         # By region: its address in our mapping and its offset in its file, less its own address; the file, or CMA.
@@ -144,7 +144,7 @@ class Attached:
             if nbytes:
                 lib.peerload_unmap(address, nbytes)
 
-    def _map(self, told: Description, files: Mapping[int, int]) -> None:
+    def _map(self, told: LocalDescription, files: Mapping[int, int]) -> None:
         """Map every memfd we were given, once, into one reservation, so that nothing else ever lies between."""
         file, address, begin = (np.array(column, np.int64) for column in (told.file, told.address, told.offset))
         end = begin + np.array(told.nbytes, np.int64)
@@ -171,7 +171,7 @@ class Attached:
             self._file[mine] = files[number]
             at += b - a
 
-    def _probe(self, told: Description) -> None:
+    def _probe(self, told: LocalDescription) -> None:
         """Read a byte with CMA. If the host forbids that and a region can't be had otherwise, say so before the load begins."""
         if len(self._file) == 0:
             return

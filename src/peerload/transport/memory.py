@@ -1,4 +1,4 @@
-"""A transport within one process, by address: for tests."""
+"""A transport within one process, by address."""
 
 from __future__ import annotations
 

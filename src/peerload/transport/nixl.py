@@ -74,7 +74,7 @@ _making = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class NixlDescription:
     """What `NixlTransport.describe` says. metadata: NIXL's own, in base64. address, nbytes: columns of regions."""
 
     host: Annotated[str, text(r"[!-~]{1,64}")]
@@ -190,10 +190,10 @@ class _Agent:
                     raise HostError("NIXL's agent can't be ended, and may go on writing", next_step="end this process")
 
 
-class _Peer:
+class _NixlPeer:
     """A source and the agent that reads from it. Raises SourceUnreachable unless a byte can be read from it by `deadline`."""
 
-    def __init__(self, told: Description, source: str, agent: _Agent, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(self, told: NixlDescription, source: str, agent: _Agent, errors: tuple[type[Exception], ...]) -> None:
         self.source: Final = source
         self.table: Final = RegionTable(told.address, told.nbytes)
         self.same_host: Final = told.host == boot_id()
@@ -203,7 +203,7 @@ class _Peer:
         self._landing = np.zeros(1, np.uint8)  # registered for nothing but the first byte; lives as long as the agent
         self._name = ""
 
-    def meet(self, told: Description, deadline: Deadline) -> None:
+    def meet(self, told: NixlDescription, deadline: Deadline) -> None:
         try:
             with self._agent.lock:
                 self._name = self._agent.meet(base64.b64decode(told.metadata))
@@ -303,7 +303,7 @@ class NixlTransport:
         self._here = RegionTable([], [])
         self._keys: list[tuple[int, int]] = []
         self._serving: _Agent | None = None
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, _NixlPeer] = {}
         self._connected = 0
         self._warned = False
         self._closed = threading.Event()
@@ -333,7 +333,7 @@ class NixlTransport:
                 self._serving.register(self._keys)
                 metadata = self._serving.metadata()
             return encode(
-                Description(
+                NixlDescription(
                     host=boot_id(),
                     metadata=base64.b64encode(metadata).decode(),
                     address=[a for a, _ in self._keys],
@@ -343,11 +343,11 @@ class NixlTransport:
 
     def connect(self, description: bytes, source: str, deadline: Deadline) -> str:
         """Reads a byte, so that a peer that can't be reached is found out now."""
-        told = decode(Description, description, source)
+        told = decode(NixlDescription, description, source)
         self._check_open()
         try:
             with self._translated("NIXL can't start"):
-                peer = _Peer(told, source, _Agent(self._nixl, self._interface), self._errors)
+                peer = _NixlPeer(told, source, _Agent(self._nixl, self._interface), self._errors)
         except HostError as error:
             raise SourceUnreachable(source, error.message, next_step=error.next_step) from error
         try:

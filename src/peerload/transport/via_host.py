@@ -20,7 +20,7 @@ from .base import Limits, Transport
 from .regions import RegionTable, destination_extents
 
 
-class Landing(Protocol):
+class HostMemory(Protocol):
     """Host memory that a transport may write to, `nbytes` from `address`, and the way from there to `device`."""
 
     @property
@@ -46,7 +46,7 @@ class ThroughHost:
 
     Reads of several threads take the landing in halves by turns, so that one half is filled while the other is emptied."""
 
-    def __init__(self, inner: Transport, landing: Landing) -> None:
+    def __init__(self, inner: Transport, landing: HostMemory) -> None:
         self.name = inner.name
         self.limits: Limits = inner.limits
         self._inner, self._landing = inner, landing

@@ -36,7 +36,7 @@ def worker(url: str, directory: Path, parallel: Parallel, instance: str, model: 
     """Of one rank, which is alone in its instance as far as agreeing goes."""
     identity = Identity(VERSION, Launch(instance, f"{instance} of {directory}"), parallel, 0, 1)
     config = Config(url=url, retain_bytes=1 << 30, threads=1, transport="local")
-    return Worker(identity, config, lambda: directory, load_weights=load_weights, finish=finishing(model))
+    return Worker(identity, config, lambda: directory, engine_loader=load_weights, finish=finishing(model))
 
 
 def sha256(model: nn.Module) -> dict[str, str]:

@@ -113,7 +113,7 @@ def test_a_seed_whose_weights_are_updated_is_one_no_longer(fleet: Fleet) -> None
     """The update itself is SGLang's own, of the same weights."""
     first = fleet.first(DENSE)
     fleet.second(DENSE)
-    success, message, *_ = first.ask("update", str(fleet.model(DENSE)))
+    success, message = first.update(fleet.model(DENSE))
     assert success, message
     assert fleet.seeds() == {"tp=2": 2}
     assert "the weights are about to change: this rank is no seed any more" in first.log

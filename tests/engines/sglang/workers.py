@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+from sha256 import sha256_of_tensors
 from torch import nn
-
-from peerload.tracing.reachable import reachable_tensors
 
 
 def register() -> None:
@@ -20,14 +18,7 @@ def register() -> None:
 
 
 def write_sha256(self: object, directory: str) -> None:
-    """rank-R.json in `directory`: by dotted path, of every tensor the model holds, buffers and plain attributes included."""
+    """`sha256_of_tensors` of the model, as rank-R.json in `directory`."""
     worker = self.tp_worker  # type: ignore[attr-defined]
     model: nn.Module = worker.model_runner.model
-    found = {path: _sha256(t) for path, t in reachable_tensors(model).items()}
-    (Path(directory) / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    shape = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(shape + flat.numpy().tobytes()).hexdigest()
+    (Path(directory) / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(sha256_of_tensors(model)))

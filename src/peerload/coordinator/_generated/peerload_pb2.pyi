@@ -194,44 +194,6 @@ class Constant(_message.Message):
 Global___Constant: _TypeAlias = Constant  # noqa: Y015
 
 @_typing.final
-class Opaque(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    TAG_FIELD_NUMBER: _builtins.int
-    BUFFER_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
-    NBYTES_FIELD_NUMBER: _builtins.int
-    COVERS_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    tag: _builtins.str
-    buffer: _builtins.int
-    offset: _builtins.int
-    nbytes: _builtins.int
-    reason: _builtins.str
-    @_builtins.property
-    def covers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        tag: _builtins.str = ...,
-        buffer: _builtins.int = ...,
-        offset: _builtins.int = ...,
-        nbytes: _builtins.int = ...,
-        covers: _abc.Iterable[_builtins.str] | None = ...,
-        reason: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "covers", b"covers", "name", b"name", "nbytes", b"nbytes", "offset", b"offset", "reason", b"reason", "tag", b"tag"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Opaque: _TypeAlias = Opaque  # noqa: Y015
-
-@_typing.final
 class Parallel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,7 +251,6 @@ class Layout(_message.Message):
     BUFFER_NBYTES_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
     CONSTANT_FIELD_NUMBER: _builtins.int
-    OPAQUE_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     IGNORED_FIELD_NUMBER: _builtins.int
     PARALLEL_FIELD_NUMBER: _builtins.int
@@ -306,8 +267,6 @@ class Layout(_message.Message):
     @_builtins.property
     def constant(self) -> _containers.RepeatedCompositeFieldContainer[Global___Constant]: ...
     @_builtins.property
-    def opaque(self) -> _containers.RepeatedCompositeFieldContainer[Global___Opaque]: ...
-    @_builtins.property
     def alias(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
     @_builtins.property
     def ignored(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
@@ -321,7 +280,6 @@ class Layout(_message.Message):
         buffer_nbytes: _builtins.bytes = ...,
         pieces: Global___Pieces | None = ...,
         constant: _abc.Iterable[Global___Constant] | None = ...,
-        opaque: _abc.Iterable[Global___Opaque] | None = ...,
         alias: _abc.Iterable[Global___Pair] | None = ...,
         ignored: _abc.Iterable[Global___Pair] | None = ...,
         parallel: Global___Parallel | None = ...,
@@ -329,7 +287,7 @@ class Layout(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parallel", b"parallel", "pieces", b"pieces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "buffer_name", b"buffer_name", "buffer_nbytes", b"buffer_nbytes", "catalog", b"catalog", "constant", b"constant", "ignored", b"ignored", "opaque", b"opaque", "parallel", b"parallel", "pieces", b"pieces", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "buffer_name", b"buffer_name", "buffer_nbytes", b"buffer_nbytes", "catalog", b"catalog", "constant", b"constant", "ignored", b"ignored", "parallel", b"parallel", "pieces", b"pieces", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,19 +295,24 @@ Global___Layout: _TypeAlias = Layout  # noqa: Y015
 
 @_typing.final
 class Digests(_message.Message):
+    """`algorithm`: how they were computed. A reader that doesn't know it leaves `piece` alone, whatever its form."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PIECE_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
     piece: _builtins.bytes
-    """uint64[pieces]"""
+    """uint64[pieces] of algorithm m61-1"""
+    algorithm: _builtins.str
     def __init__(
         self,
         *,
         piece: _builtins.bytes = ...,
+        algorithm: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "piece", b"piece"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ...config import Config
 from ...errors import LayoutError
 from ...model.catalog import Parallel
-from ..worker import Identity, Launch, NotFollowed, Worker, free_given_up
+from ..checkpoint import found_or_downloaded
+from ..worker import Identity, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Loader(DefaultModelLoader):
             super().load_weights_and_postprocess(model, weights, target_device)
             return
 
-        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+        def sglang_loader(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
             if list(getattr(model, "secondary_weights", ())):
                 raise LayoutError(f"{type(model).__name__}: it loads from several checkpoints")
             self.load_weights_only(model, weights, target_device)
@@ -71,12 +72,13 @@ class Loader(DefaultModelLoader):
             who,
             self._config,
             lambda: self._directory(config),
-            load_weights=load_weights,
+            engine_loader=sglang_loader,
             finish=finishing(model),
             known_as=config.model_path,
         )
         worker.load(model)
         self.postprocess_weights(model, target_device)
+        worker.settle(model)
         worker.serve(model)
         self._worker = worker
 
@@ -88,11 +90,10 @@ class Loader(DefaultModelLoader):
             worker.close()
 
     def _directory(self, model_config: ModelConfig) -> Path:
-        """The checkpoint, downloaded if it has to be; where the configuration says which seeds to look for, it hasn't."""
-        directory = Path(model_config.model_path)
-        if directory.is_dir() or (self._config.model_name and self._config.revision):
-            return directory
-        return Path(self._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)[0])
+        def download() -> str:
+            return self._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)[0]
+
+        return found_or_downloaded(model_config.model_path, self._config, download)
 
 
 def finishing(model: nn.Module) -> Callable[[nn.Module], None] | None:
@@ -116,8 +117,6 @@ def finishing(model: nn.Module) -> Callable[[nn.Module], None] | None:
 
 
 def identity(config: Config) -> Identity:
-    """Which rank of which instance this process is. Collective: all ranks of the instance call it."""
-    world = get_world_group()
-    launch = Launch(*world.broadcast_object(Launch.now(config) if world.rank_in_group == 0 else None))
+    """Which rank of which instance this process is. A collective call."""
     parallel = Parallel(get_tp_group().world_size, get_pp_group().world_size, get_moe_ep_group().world_size)
-    return Identity(ENGINE, launch, parallel, world.rank_in_group, world.world_size)
+    return Identity.agreed(ENGINE, config, get_world_group(), parallel)

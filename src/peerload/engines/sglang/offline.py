@@ -56,7 +56,7 @@ _OURS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _LoneGroup:
     """A process group with a rank and a size, whose other members don't exist."""
 
     world_size: int
@@ -116,15 +116,15 @@ def _configured(directory: Path, parallel: Parallel, rank: int, arguments: Mappi
         runtime_context.publish(server, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
         known, now = runtime_context._parallel_fields(), runtime_context.get_parallel()
         groups = {
-            "world_group": _Group(parallel.tp * parallel.pp, rank),
-            "pp_group": _Group(parallel.pp, now.pp_rank),
-            "tp_group": _Group(parallel.tp, now.tp_rank),
-            "attn_tp_group": _Group(now.attn_tp_size, now.attn_tp_rank),
-            "attn_cp_group": _Group(1, 0),
-            "moe_ep_group": _Group(now.moe_ep_size, now.moe_ep_rank),
-            "moe_tp_group": _Group(now.moe_tp_size, now.moe_tp_rank),
-            "moe_dp_group": _Group(1, 0),
-            "shared_experts_tp_group": _Group(parallel.tp, now.tp_rank),
+            "world_group": _LoneGroup(parallel.tp * parallel.pp, rank),
+            "pp_group": _LoneGroup(parallel.pp, now.pp_rank),
+            "tp_group": _LoneGroup(parallel.tp, now.tp_rank),
+            "attn_tp_group": _LoneGroup(now.attn_tp_size, now.attn_tp_rank),
+            "attn_cp_group": _LoneGroup(1, 0),
+            "moe_ep_group": _LoneGroup(now.moe_ep_size, now.moe_ep_rank),
+            "moe_tp_group": _LoneGroup(now.moe_tp_size, now.moe_tp_rank),
+            "moe_dp_group": _LoneGroup(1, 0),
+            "shared_experts_tp_group": _LoneGroup(parallel.tp, now.tp_rank),
         }
         now.override_permanently(**{name: group for name, group in groups.items() if name in known})
         config = ModelConfig.from_server_args(server)

@@ -19,15 +19,14 @@ from transformers.utils import cached_file
 
 from ...config import Config
 from ...coordinator.client import CoordinatorClient
-from ...errors import CommitError, ConfigError, PeerloadError
-from ...job.load import Job, Member
+from ...errors import CommitError, ConfigError, reason_of
+from ...job.load import Job
 from ...job.load import load as run
+from ...job.rank import Member, Rank
 from ...job.seed import Seed
-from ...memory.space import space_on
 from ...model.catalog import ModelKey
 from ...model.layout import Layout
 from ...receipt import Receipt
-from ...transport.registry import opened_transports
 from ..checkpoint import INDEX, SINGLE, Checkpoint, ModelFiles, name_of
 from .compared import require_equal
 from .live import LiveModel, live_model, unwrapped
@@ -60,22 +59,11 @@ def load(
     Raises ConfigError, LayoutError (the parameter is named; nothing was written), PlanError, SourcesExhausted,
     CommitError, DeadlineExceeded, VerifyError, HostError, CoordinatorError; on every rank, if on one."""
     settings = settings_of(config)
-    with _opened(model, settings, checkpoint, instance, group, find=True) as this, ExitStack() as stack:
+    with _opened(model, settings, checkpoint, instance, group, find=True) as this:
         live, disk = this.live, this.disk
         with this.together():
-            transports = stack.enter_context(opened_transports(settings, str(live.device)))
-            job = Job(
-                this.model,
-                live.layout,
-                live.address,
-                live.regions(settings.registration),
-                this.member,
-                transports,
-                settings,
-                coordinator=this.client,
-                reserve=[disk.offer()] if disk is not None else [],
-                complete=lambda _: live.accept(),
-            )
+            reserve = [disk.offer()] if disk is not None else []
+            job = Job(this.rank(settings), reserve, complete=lambda _: live.accept())
             live.settle()
         receipt = run(job)
     log.info("peerload: %s", receipt)
@@ -85,25 +73,27 @@ def load(
 class ModelSeed:
     """A model on offer. `layout`: what this rank offers; `model`: under which name and revision."""
 
-    def __init__(self, this: _Rank, seed: Seed | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, this: _Ready, seed: Seed | None) -> None:
         self.layout: Layout = this.live.layout
         self.model: ModelKey = this.model
-        self._this, self._seed, self._group = this, seed, group
+        self._this, self._seed = this, seed
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Change the weights in place, on all ranks together: nobody can read the old ones once any rank is in the block,
         and the new ones are announced after it. If the block raises, this rank's weights are offered no more.
 
-        Raises ConfigError where the revision on offer is the checkpoint's own, which changed weights are not."""
+        Raises CommitError if another rank could not begin; ConfigError where the revision on offer is the checkpoint's own, which
+        changed weights are not."""
         if self._this.stands_for_disk:
             raise ConfigError(
                 f"{self.model} means the checkpoint on disk, and its weights are about to change",
                 next_step="set `revision` in the configuration to a name of these weights' own",
             )
-        with self._seed.changing() if self._seed is not None else ExitStack():
-            if self._this.member.size > 1:
-                dist.barrier(group=self._group)
+        with ExitStack() as stack:
+            with self._this.together():  # a rank that can't withdraw its old weights leaves no other waiting
+                if self._seed is not None:
+                    stack.enter_context(self._seed.changing())
             yield
             self._this.live.publish()
 
@@ -138,36 +128,21 @@ def seed(
         with this.together():
             this.live.publish()
             if settings.source:
-                offered = stack.enter_context(_offer(this, settings, stack, every=check == "all"))
-        yield ModelSeed(this, offered, group)
+                offered = stack.enter_context(_offer(this, settings, every=check == "all"))
+        yield ModelSeed(this, offered)
 
 
-def _offer(this: _Rank, settings: Config, stack: ExitStack, *, every: bool) -> Seed:
-    """A seed, not entered yet, of weights that may be offered. What it needs is open until `stack` is closed."""
-    live, space = this.live, space_on(str(this.live.device))
+def _offer(this: _Ready, settings: Config, *, every: bool) -> Seed:
+    """A seed, not entered yet, of weights that may be offered."""
+    live, rank = this.live, this.rank(settings)
     if this.stands_for_disk:
         assert this.disk is not None, "else it wouldn't"
-        require_equal(live.layout, live.address, space, this.disk, every=every, threads=settings.threads)
-    transports = stack.enter_context(opened_transports(settings, str(live.device)))
-    for transport in transports.values():
-        transport.register(live.regions(settings.registration))
-    return Seed(
-        this.model,
-        live.layout,
-        live.address,
-        coordinator=this.client,
-        transports=transports,
-        instance=this.member.instance,
-        files=live.files.contents,
-        attributes={"engine": f"transformers {transformers.__version__}"},
-        space=space,
-        digests=settings.verifies,
-        threads=settings.threads,
-    )
+        require_equal(live.layout, live.address, rank.space, this.disk, every=every, threads=settings.threads)
+    return Seed(rank, files=live.files.contents, attributes={"engine": f"transformers {transformers.__version__}"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rank:
+class _Ready:
     """This process's part in a load or an offer. stands_for_disk: the model's revision is that of the checkpoint's bytes."""
 
     model: ModelKey
@@ -177,6 +152,10 @@ class _Rank:
     disk: Checkpoint | None
     stands_for_disk: bool
     group: dist.ProcessGroup | None
+
+    def rank(self, config: Config) -> Rank:
+        live, regions = self.live, self.live.regions(config.registration)
+        return Rank(self.model, live.layout, live.address, regions, self.member, config, self.client, str(live.device))
 
     def together(self) -> AbstractContextManager[None]:
         return _together(self.member.rank, self.member.size, self.group)
@@ -191,7 +170,7 @@ def _opened(
     group: dist.ProcessGroup | None,
     *,
     find: bool,
-) -> Iterator[_Rank]:
+) -> Iterator[_Ready]:
     """Everything that all ranks must have in common, and this rank's own part. find: as `_told`."""
     inner = unwrapped(model)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
@@ -208,17 +187,18 @@ def _opened(
             files, catalog = (None, None) if disk is None else (ModelFiles.of(disk.directory), disk.catalog)
             live = live_model(inner, files, catalog, rank=rank)
         member = Member(common.instance, rank, size, common.launch)
-        yield _Rank(common.model, live, member, client, disk, disk is not None and not config.revision, group)
+        yield _Ready(common.model, live, member, client, disk, disk is not None and not config.revision, group)
 
 
 @contextmanager
 def _together(rank: int, size: int, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What fails on one rank fails on all: the others raise CommitError, rather than wait for it."""
+    """What fails on one rank fails on all: the others raise CommitError, rather than wait for it. Over torch.distributed,
+    because the ranks have no name yet under which they could agree at the coordinator."""
     problem = None
     try:
         yield
     except BaseException as error:
-        problem = error.message if isinstance(error, PeerloadError) else f"{type(error).__name__}: {error}"
+        problem = reason_of(error)
         raise
     finally:
         said: list[str | None] = [problem]
@@ -227,7 +207,7 @@ def _together(rank: int, size: int, group: dist.ProcessGroup | None) -> Iterator
             dist.all_gather_object(said, problem, group=group)
     for other, words in enumerate(said):
         if words is not None:
-            raise CommitError(f"rank {other} gave up before the load began, so rank {rank} does: {words}")
+            raise CommitError(f"rank {other} gave up, so rank {rank} does: {words}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import ConfigError
 from ...model.catalog import Catalog, TensorSpec
-from ...tracing.recorder import DTYPE_NAMES
+from ...tracing.dtypes import DTYPE_NAMES
 from ..checkpoint import ModelFiles
 from .quantized import kept, quantizer_of
 
@@ -70,10 +70,11 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
             return found
         raise ConfigError(f"config.json: architectures names {name}, which transformers {transformers.__version__} lacks")
     try:
-        chosen: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+        chosen: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise ConfigError(f"config.json: {config.model_type} has no causal language model in transformers") from error
-    return chosen
+    kind: type[PreTrainedModel] = chosen
+    return kind
 
 
 def built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -81,7 +82,7 @@ def built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     try:
         config.dtype = config.dtype or torch.float32
         with torch.device("meta"):
-            model: PreTrainedModel = kind._from_config(config, dtype=config.dtype)
+            model: PreTrainedModel = kind._from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
     except FAILURES as error:
         raise ConfigError(f"config.json: {kind.__name__} can't be built of it: {told(error)}") from error
     return model
@@ -121,7 +122,8 @@ def catalog_of(files: ModelFiles) -> Catalog:
         model = built(kind, config)
         if quantizer is not None:
             quantizer.preprocess_model(model, dtype=config.dtype, device_map=None, checkpoint_files=None)
-            model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer, add_legacy=False)
+            conversions: Any = get_model_conversion_mapping(model, hf_quantizer=quantizer, add_legacy=False)
+            model._weight_conversions = conversions
         state: dict[str, torch.Tensor] = model.state_dict()
         dropped = {*model.get_expanded_tied_weights_keys(all_submodels=True), *(model._keys_to_ignore_on_save or ())}
         state = revert_weight_conversion(model, {name: t for name, t in state.items() if name not in dropped})

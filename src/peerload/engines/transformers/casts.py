@@ -1,4 +1,4 @@
-"""Casts while loading: followed as if they hadn't been made, and made when the bytes are there.
+"""Casts while loading: made when the bytes are there.
 
 What the wire carries and what a seed offers is the checkpoint's own dtype, so that every layout has something for every other.
 A parameter in another dtype has memory for its bytes beside it: its `Shadow`.
@@ -6,21 +6,19 @@ A parameter in another dtype has memory for its bytes beside it: its `Shadow`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from ...model.catalog import ITEMSIZE, Catalog, TensorSpec
+from ...model.catalog import Catalog
 from ...model.layout import Layout, Pieces
-from ...tracing.recorder import DTYPE_NAMES, Allocate, Recorder, on_meta, tensors_in
 
 #: Between these, a cast is what the engine's loader means by loading; anything else makes other values.
-_FLOATS: Final = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+_FLOATS: Final = frozenset(("BF16", "F16", "F32", "F64"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,63 +37,27 @@ class Shadow:
         self.parameter.copy_(self.memory)
 
 
-class CastRecorder(Recorder):
-    """A recorder under which a cast is a copy. `wanted` tells what the engine would have made of a tensor."""
-
-    def __init__(self, allocate: Allocate = on_meta) -> None:
-        super().__init__(allocate)
-        self._cast: dict[int, torch.dtype] = {}
-
-    def wanted(self, tensor: Tensor) -> torch.dtype:
-        return self._cast.get(tensor.untyped_storage()._cdata, tensor.dtype)
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Iterable[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        dtype = None
-        if func._schema.name == "aten::_to_copy":
-            source, asked = args[0], kwargs.get("dtype")
-            if isinstance(source, Tensor) and self.known(source) and {source.dtype, asked} <= _FLOATS:
-                dtype = kwargs.pop("dtype")
-        else:
-            dtype = next((self._cast[key] for key in map(_key, tensors_in(args, kwargs)) if key in self._cast), None)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if isinstance(out, Tensor) and isinstance(dtype, torch.dtype) and self.known(out):
-            self._cast[_key(out)] = dtype
-        return out
-
-
-def as_kept(layout: Layout, wanted: Mapping[str, torch.dtype]) -> Layout:
-    """The layout of the parameters themselves: buffers in `wanted` dtypes hold the tensors `<name> as <dtype>`, not `<name>`."""
-    pieces, names = layout.pieces, layout.buffer_names
-    specs, tensor, nbytes = list(layout.catalog), pieces.tensor.copy(), layout.buffer_nbytes.copy()
-    offset, stride, row = pieces.offset.copy(), pieces.stride.copy(), dict(layout.catalog.row)
-    for buffer, dtype in ((names.index(name), dtype) for name, dtype in wanted.items() if name in names):
+def as_stored(layout: Layout, casts: Mapping[str, str]) -> Layout:
+    """The layout of the shadows: what holds casts holds the checkpoint's tensors instead. casts: cast tensor -> checkpoint
+    tensor. Raises LayoutError, naming the parameter, for casts that no shadow can stand for."""
+    if not casts:
+        return layout
+    old, pieces = layout.catalog, layout.pieces
+    kept = [row for row, name in enumerate(old.names) if name not in casts]
+    new = Catalog.of(old[row] for row in kept)
+    at = np.array([new.row[casts.get(name, name)] for name in old.names])
+    tensor = at[pieces.tensor]
+    here, there = old.itemsize[pieces.tensor], new.itemsize[tensor]
+    nbytes = layout.buffer_nbytes.copy()
+    for buffer in np.unique(pieces.buffer[[old.names[t] in casts for t in pieces.tensor.tolist()]]).tolist():
         rows = np.flatnonzero(pieces.buffer == buffer)
-        if any(c.buffer == buffer for c in layout.constants):
-            raise LayoutError(f"{names[buffer]}: the engine casts constants to {dtype}")
-        for piece in rows.tolist():
-            spec = layout.tensor_of(piece)
-            cast = TensorSpec(f"{spec.name} as {DTYPE_NAMES[dtype]}", DTYPE_NAMES[dtype], spec.shape)
-            if cast.name not in row:
-                row[cast.name] = len(specs)
-                specs.append(cast)
-            tensor[piece] = row[cast.name]
-            here, there = ITEMSIZE[spec.dtype], dtype.itemsize
-            offset[piece], stride[piece] = offset[piece] // here * there, stride[piece] // here * there
-        nbytes[buffer] = nbytes[buffer] // here * there
-    return replace(
-        layout,
-        catalog=Catalog.of(specs),
-        buffer_nbytes=nbytes,
-        pieces=Pieces(tensor, pieces.start, pieces.stop, pieces.buffer, offset, stride),
-    )
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        found = sorted({(new.dtypes[tensor[row]], old.dtypes[pieces.tensor[row]]) for row in rows.tolist()})
+        if len(found) > 1 or any(c.buffer == buffer for c in layout.constants):
+            raise LayoutError(f"{layout.buffer_names[buffer]}: the engine casts a part of it, or constants, to {found[0][1]}")
+        if not _FLOATS.issuperset(found[0]):
+            raise LayoutError(f"{layout.buffer_names[buffer]}: the engine casts {found[0][0]} to {found[0][1]}")
+        nbytes[buffer] = nbytes[buffer] // here[rows[0]] * there[rows[0]]
+    offset = pieces.offset // here * there
+    stride = pieces.stride // here[:, None] * there[:, None]
+    moved = Pieces(tensor, pieces.start, pieces.stop, pieces.buffer, offset, stride)
+    return replace(layout, catalog=new, buffer_nbytes=nbytes, pieces=moved)

@@ -13,7 +13,8 @@ import torch
 from ...config import Config
 from ...errors import ConfigError
 from ...integrity.digest import Columns, cut_boxes
-from ...job.load import Job, Member, load
+from ...job.load import Job, load
+from ...job.rank import Member, Rank, kept_open
 from ...memory.placing import placed, regions_for
 from ...memory.space import HOST, Space
 from ...model.boxes import IntArray, volumes
@@ -79,10 +80,11 @@ def _sampled(layout: Layout, columns: Columns) -> Columns:
 
 def _chunks(boxes: Columns, itemsize: IntArray) -> Iterator[Columns]:
     done = np.cumsum(volumes(boxes[2], boxes[3]) * itemsize[boxes[0]])
-    edges = np.searchsorted(done, np.arange(1, int(done[-1]) // _CHUNK_NBYTES + 1) * _CHUNK_NBYTES) if len(done) else []
-    for first, last in zip([0, *edges], [*edges, len(done)], strict=True):
-        if first < last:
-            yield tuple(c[first:last] for c in boxes)  # type: ignore[misc]
+    last = int(done[-1]) if len(done) else 0
+    edges = np.searchsorted(done, np.arange(1, last // _CHUNK_NBYTES + 1) * _CHUNK_NBYTES).tolist()
+    for first, stop in zip([0, *edges], [*edges, len(done)], strict=True):
+        if first < stop:
+            yield tuple(c[first:stop] for c in boxes)  # type: ignore[misc]
 
 
 def _read(layout: Layout, boxes: Columns, checkpoint: Checkpoint, files: FilesTransport) -> tuple[Columns, torch.Tensor]:
@@ -96,18 +98,10 @@ def _read(layout: Layout, boxes: Columns, checkpoint: Checkpoint, files: FilesTr
     address = np.array([memory.data_ptr()], np.int64)
     pieces = Pieces(tensor, start, stop, np.zeros(len(tensor), np.int64), offset, stride)
     wanted = Layout(layout.catalog, ("",), np.array([memory.nbytes]), pieces)
-    load(
-        Job(
-            ModelKey("checkpoint"),
-            wanted,
-            address,
-            regions_for([placed(memory)], "per-tensor"),
-            Member("comparison"),
-            {files.name: files},
-            Config(verify="off", attach=False),
-            reserve=[checkpoint.offer()],
-        )
-    )
+    regions, config = regions_for([placed(memory)], "per-tensor"), Config(verify="off")
+    opening = kept_open({files.name: files})
+    rank = Rank(ModelKey("checkpoint"), wanted, address, regions, Member("comparison"), config, opening=opening)
+    load(Job(rank, [checkpoint.offer()]))
     return (owner, tensor, start, stop, address[0] + offset, stride), memory
 
 

@@ -100,7 +100,7 @@ def shares(shape: Sequence[int], cuts: Sequence[Cut]) -> list[Share]:
 def declare(whole: Whole, own: Mapping[str, Own], *, parallel: Parallel, rank: int) -> Layout:
     """The layout of a rank that holds its `own` part of these parameters: one buffer each, of the span that it reaches over.
     Raises LayoutError, naming the parameter, where declaration, memory and engine contradict each other."""
-    rows = _Rows.of(whole.layout)
+    rows = _ByBuffer.of(whole.layout)
     pieces: list[Piece] = []
     constants: list[Constant] = []
     nbytes: list[int] = []
@@ -161,16 +161,12 @@ def _starts(held: Sequence[range]) -> list[int]:
 
 def _check(name: str, full: View, held: Sequence[Share], mine: Own) -> None:
     declared = tuple(max((s.local[d] + s.shape[d] for s in held), default=0) for d in range(len(full.shape)))
-    if (
-        len(mine.shape) != len(full.shape)
-        or (math.prod(mine.shape) and declared != mine.shape)
-        or (held and not math.prod(mine.shape))
-    ):
+    if len(mine.shape) != len(full.shape) or (0 not in mine.shape and declared != mine.shape) or (held and 0 in mine.shape):
         raise LayoutError(
             f"{name}: has shape {mine.shape} on this rank; of the checkpoint's {full.shape} its placements make it {declared}",
             next_step="is this the model that the checkpoint's config.json describes?",
         )
-    if not View(0, mine.shape, mine.stride).dense and math.prod(mine.shape):
+    if not View(0, mine.shape, mine.stride).dense and 0 not in mine.shape:
         raise LayoutError(f"{name}: its {mine.shape} elements lie scattered, with strides {mine.stride}")
 
 
@@ -184,7 +180,7 @@ def _through(name: str, held: View, seen: View, there: View) -> Iterator[tuple[t
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _Filled:
     """One piece (`tensor`, from index `start`) or constant (`fill`) of a buffer, in elements."""
 
     view: View
@@ -194,17 +190,17 @@ class _Held:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _ByBuffer:
     """A layout's pieces and constants by buffer name."""
 
-    pieces: Mapping[str, list[_Held]]
-    constants: Mapping[str, list[_Held]]
+    pieces: Mapping[str, list[_Filled]]
+    constants: Mapping[str, list[_Filled]]
     itemsize: Mapping[str, int]
 
     @classmethod
-    def of(cls, layout: Layout) -> _Rows:
-        pieces: dict[str, list[_Held]] = {name: [] for name in layout.buffer_names}
-        constants: dict[str, list[_Held]] = {name: [] for name in layout.buffer_names}
+    def of(cls, layout: Layout) -> _ByBuffer:
+        pieces: dict[str, list[_Filled]] = {name: [] for name in layout.buffer_names}
+        constants: dict[str, list[_Filled]] = {name: [] for name in layout.buffer_names}
         itemsize: dict[str, int] = {}
         columns, width = layout.pieces, layout.catalog.width
         for row in range(len(columns)):
@@ -213,11 +209,11 @@ class _Rows:
             box, cut = layout.box_of(row), width - len(layout.catalog.shapes[tensor])
             strides = tuple(s // size for s in columns.stride[row, cut:].tolist())
             view = View(int(columns.offset[row]) // size, box.shape, strides)
-            pieces[name].append(_Held(view, tensor, box.start))
+            pieces[name].append(_Filled(view, tensor, box.start))
             itemsize[name] = size
         for constant in layout.constants:
             name, size = layout.buffer_names[constant.buffer], len(constant.fill)
             view = View(constant.offset // size, constant.shape, tuple(s // size for s in constant.strides))
-            constants[name].append(_Held(view, fill=constant.fill))
+            constants[name].append(_Filled(view, fill=constant.fill))
             itemsize[name] = size
         return cls(pieces, constants, itemsize)

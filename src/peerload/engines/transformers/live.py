@@ -24,7 +24,7 @@ from ...memory.region import Region
 from ...model.boxes import IntArray
 from ...model.catalog import Catalog, Parallel
 from ...model.layout import Layout
-from ...tracing.recorder import DTYPES
+from ...tracing.dtypes import DTYPES
 from ..checkpoint import ModelFiles
 from .architecture import catalog_of
 from .casts import Shadow

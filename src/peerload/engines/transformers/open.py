@@ -1,8 +1,8 @@
 """transformers as an engine: its own loader, under its own tensor-parallel plan, on weights that aren't there yet.
 
-`from_pretrained(None, state_dict=...)` asks each rank for exactly the slices it wants. What we hand out are untouched
-tensors under a `Recorder`; afterwards the parameters are in place, nothing was copied, and the layout is known. The same
-call on `meta`, under torch's `fake` process group, gives the layout of any rank without weights or peers.
+`from_pretrained(None, state_dict=...)` asks each rank for exactly the slices it wants. We hand out tensors on `meta` under a
+`Recorder`; afterwards the layout is known, nothing was copied, and the parameters get memory. The same call under torch's
+`fake` process group gives the layout of any rank without weights or peers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,11 +31,16 @@ from ...memory.arena import Arena
 from ...model.boxes import IntArray
 from ...model.catalog import Catalog, Parallel, TensorSpec
 from ...model.layout import Layout
-from ...tracing.recorder import DTYPES, Allocate, layout_of, on_meta, view_of
+from ...tracing.described import Describer
+from ...tracing.dtypes import DTYPES
+from ...tracing.recorder import Recorder
+from ...tracing.storages import view_of
+from ...tracing.trace import uncollected
 from ...tracing.views import View
 from ..checkpoint import ModelFiles
+from .aliases import with_aliases
 from .architecture import FAILURES, built, catalog_of, class_of, config_of, generation_config, quiet
-from .casts import CastRecorder, Shadow, as_kept
+from .casts import Shadow, as_stored
 from .declared import Whole
 from .quantized import kept, method_of, quantizer_of
 
@@ -79,8 +84,8 @@ def layout_for(
     files = ModelFiles.of(model)
     catalog = catalog_of(files) if catalog is None else catalog
     with _impersonated(rank, parallel.tp * parallel.pp), quiet(), kept():
-        loaded = _load(files, catalog, parallel, rank, on_meta)
-    return as_kept(loaded.layout, loaded.wanted) if kept_casts else loaded.layout
+        loaded = _load(files, catalog, parallel, rank)
+    return loaded.held if kept_casts else loaded.layout
 
 
 def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel] | None = None, *, keep: bool = True) -> Whole:
@@ -89,10 +94,9 @@ def whole_layout(files: ModelFiles, catalog: Catalog, kind: type[PreTrainedModel
     kind: the model's class (default: as config.json says). keep: quantized weights are kept, not dequantized. Raises
     LayoutError and ConfigError as `layout_for` does."""
     with quiet(), kept(keep):
-        loaded = _load(files, catalog, UNSPLIT, 0, on_meta, kind)
+        loaded = _load(files, catalog, UNSPLIT, 0, kind)
     layout, local = loaded.layout, loaded.local
-    first: dict[tuple[int, View], str] = {}
-    home = {name: first.setdefault((t.untyped_storage()._cdata, view_of(t)), name) for name, t in local.items() if t.numel()}
+    home = {name: group[0] for group in loaded.groups for name in group}
     views = {name: View(0, tuple(local[name].shape), tuple(local[name].stride())) for name in layout.buffer_names}
     return Whole(layout, views, home)
 
@@ -116,15 +120,13 @@ def open_model(
     files = ModelFiles.of(model)
     device = _device(parallel)
 
-    def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
     with quiet(logging.WARNING), kept(keep):
-        loaded = _load(files, catalog, parallel, rank, untouched)
-    layout, local = loaded.layout, loaded.local
-    home = None if arena is None or device.type != "cpu" else _settle(layout, local, arena)
-    address = np.array([local[name].data_ptr() for name in layout.buffer_names], np.int64)
-    return OpenModel(loaded.model, layout, address, home, files, loaded.cast())
+        loaded = _load(files, catalog, parallel, rank)
+    sizes = loaded.layout.buffer_nbytes.tolist()
+    home = None if arena is None or device.type != "cpu" else arena(Arena.room(sizes))
+    memory, shadows = _settle(loaded, device, home)
+    address = np.array([tensor.data_ptr() for tensor in memory], np.int64)
+    return OpenModel(loaded.model, loaded.layout, address, home, files, shadows)
 
 
 def stock_model(directory: str | Path, parallel: Parallel = UNSPLIT) -> PreTrainedModel:
@@ -138,7 +140,7 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> li
     """The `new_tokens` ids that follow `prompt`. All ranks of a tensor-parallel model call it with the same prompt."""
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -160,7 +162,7 @@ def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
 class _Slices:
     """What stands for a checkpoint tensor in a state dict: the interface of safetensors' slices, answered by a recorder."""
 
-    recorder: CastRecorder
+    recorder: Recorder
     spec: TensorSpec
 
     @property
@@ -187,28 +189,17 @@ class _Slices:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Loaded:
-    """What the engine's own load has made: its model, this rank's loaded tensors by name, and the dtype that it wanted for
-    those of which the checkpoint has another."""
+class _EngineLoad:
+    """What the engine's own load has made: its model, on meta where it was loaded, and this rank's loaded tensors by name.
+
+    held: the layout of the tensors; layout: that of what instances exchange, see `casts.as_stored`. groups: the names of each
+    buffer, tied ones after the first."""
 
     model: PreTrainedModel
+    held: Layout
     layout: Layout
     local: Mapping[str, Tensor]
-    wanted: Mapping[str, torch.dtype]
-
-    def cast(self) -> tuple[Shadow, ...]:
-        """Give the parameters their dtypes, in memory of their own; what they had becomes their shadow's. Raises LayoutError."""
-        named = dict([*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)])
-        made: dict[int, Shadow] = {}
-        for name, dtype in self.wanted.items():
-            parameter = named[name]
-            if isinstance(parameter, DTensor):
-                raise LayoutError(f"{name}: the engine casts a part of it from {parameter.dtype} to {dtype}")
-            if id(parameter) not in made:
-                memory = parameter.data
-                parameter.data = torch.empty_like(memory, dtype=dtype)
-                made[id(parameter)] = Shadow(parameter, memory)
-        return tuple(made.values())
+    groups: Sequence[Sequence[str]]
 
 
 def _load(
@@ -216,18 +207,17 @@ def _load(
     catalog: Catalog,
     parallel: Parallel,
     rank: int,
-    allocate: Allocate,
     kind: type[PreTrainedModel] | None = None,
-) -> _Loaded:
-    """The engine's own load on tensors out of `allocate`."""
+) -> _EngineLoad:
+    """The engine's own load, on tensors without values."""
     config = config_of(files, len(catalog))
     quantizer_of(files)  # refuses what can't be loaded here at all
-    kind, recorder = kind or class_of(config), CastRecorder(allocate)
+    kind, recorder = kind or class_of(config), Recorder()
     state = {spec.name: _Slices(recorder, spec) for spec in catalog}
     try:
         # A recorder sees its own thread only.
-        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), recorder:
-            model, report = kind.from_pretrained(
+        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"), uncollected(), recorder:
+            loaded: Any = kind.from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -249,13 +239,47 @@ def _load(
             problem += " (it can't split the layers of a pipeline stage by tensor parallelism)"
             next_step = "use tp or pp alone, or another transformers"
         raise LayoutError(problem, next_step=next_step) from error
+    model: PreTrainedModel = loaded[0]
+    report: Mapping[str, Sequence[str]] = loaded[1]
+    if recorder.refusals:  # transformers caught it
+        raise _blamed(recorder.refusals[0], files)
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.known(t)}
+    local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.loaded(t)}
     reason = f"unknown to {kind.__name__}"
     ignored = {name: reason for name in report["unexpected_keys"] if name in catalog.row}
-    layout = layout_of(recorder, local, catalog, parallel=parallel, rank=rank, ignored=ignored)
-    wanted = {name: recorder.wanted(tensor) for name, tensor in local.items() if tensor.numel()}
-    return _Loaded(model, layout, local, {name: dtype for name, dtype in wanted.items() if dtype != local[name].dtype})
+    return _described(
+        recorder, model, local, Describer(recorder.storages, catalog, parallel, rank, kind.__name__), ignored, files
+    )
+
+
+def _described(
+    recorder: Recorder,
+    model: PreTrainedModel,
+    local: Mapping[str, Tensor],
+    describer: Describer,
+    ignored: Mapping[str, str],
+    files: ModelFiles,
+) -> _EngineLoad:
+    """Raises LayoutError where a tensor has values that are no copies, apart from casts."""
+    groups: dict[tuple[int, View], list[str]] = {}
+    for name, tensor in local.items():
+        if tensor.numel():
+            groups.setdefault((tensor.untyped_storage()._cdata, view_of(tensor)), []).append(name)
+    logical = recorder.storages.logical
+    for first, *_ in groups.values():
+        describer.add(first, local[first])
+        for name in describer.derived.keys() - logical.keys():
+            derived = describer.derived[name]
+            raise _blamed(
+                LayoutError(
+                    f"{first}: {', '.join(derived.covers[:3])}: the engine's loader computes it: {derived.reason}",
+                    next_step="let the engine load this model itself; is the checkpoint complete?",
+                ),
+                files,
+            )
+    held, names = describer.layout(ignored), list(groups.values())
+    stored = as_stored(held, {name: logical[name][0] for name in describer.derived})
+    return _EngineLoad(model, with_aliases(held, names), with_aliases(stored, names), local, names)
 
 
 def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
@@ -269,21 +293,55 @@ def _blamed(refusal: LayoutError, files: ModelFiles) -> LayoutError:
     )
 
 
-def _settle(layout: Layout, local: Mapping[str, Tensor], make: Callable[[int], Arena]) -> Arena:
-    """Move the (still untouched) tensors into one arena that holds them and nothing else. Copies nothing."""
-    homes: dict[int, Tensor] = {}
-    sizes = dict(zip(layout.buffer_names, layout.buffer_nbytes.tolist(), strict=True))
-    arena = make(Arena.room(list(sizes.values())))
-    for name, nbytes in sizes.items():
-        tensor = local[name]
-        flat = arena.tensor(arena.place(nbytes), (tensor.numel(),), tensor.dtype)
-        homes[tensor.data_ptr()] = flat.as_strided(tensor.shape, tensor.stride())
-    for tensor in {id(t): t for t in local.values() if t.numel()}.values():
-        tensor.data = homes[tensor.data_ptr()]
-    for name, tensor in local.items():
-        if not arena.contains(tensor.data_ptr(), tensor.nbytes) and tensor.numel():
-            raise LayoutError(f"{name}: the engine keeps it outside the memory it was given")
-    return arena
+def _settle(loaded: _EngineLoad, device: torch.device, arena: Arena | None) -> tuple[list[Tensor], tuple[Shadow, ...]]:
+    """Give what was loaded memory that nobody has touched, in the arena if there is one. Returns that of each buffer of the
+    layout, and the shadows."""
+    memory: list[Tensor] = []
+    shadows: list[Shadow] = []
+    homes: dict[str, Tensor] = {}
+    layout = loaded.layout
+    dtypes = {
+        int(buffer): DTYPES[layout.catalog.dtypes[int(tensor)]]
+        for buffer, tensor in zip(layout.pieces.buffer, layout.pieces.tensor, strict=True)
+    }
+    for buffer, (nbytes, names) in enumerate(zip(layout.buffer_nbytes.tolist(), loaded.groups, strict=True)):
+        tensor = loaded.local[names[0]]
+        dtype = dtypes.get(buffer, tensor.dtype)
+        count = tensor.numel()
+        flat = (
+            torch.empty(count, dtype=dtype, device=device)
+            if arena is None
+            else arena.tensor(arena.place(nbytes), (count,), dtype)
+        )
+        memory.append(flat.as_strided(tensor.shape, tensor.stride()))
+        real = memory[-1] if dtype == tensor.dtype else torch.empty_like(memory[-1], dtype=tensor.dtype)
+        homes.update(dict.fromkeys(names, real))
+        if real is not memory[-1]:
+            shadows.append(Shadow(real, memory[-1]))
+    _replace(loaded.model, homes)
+    return memory, tuple(shadows)
+
+
+def _replace(model: PreTrainedModel, homes: Mapping[str, Tensor]) -> None:
+    """Put `homes` in the place of this rank's parts of parameters and buffers. What is tied stays tied."""
+    new: dict[int, Tensor] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, old in named:
+        if name not in homes:
+            continue
+        if id(old) not in new:
+            made: Tensor = homes[name]
+            if isinstance(old, DTensor):
+                made = DTensor.from_local(
+                    made, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+                )
+            if isinstance(old, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=old.requires_grad)
+            made.__dict__.update(vars(old))
+            new[id(old)] = made
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        (module._parameters if last in module._parameters else module._buffers)[last] = new[id(old)]  # type: ignore[assignment]
 
 
 def _split(parallel: Parallel) -> dict[str, Any]:
@@ -291,7 +349,7 @@ def _split(parallel: Parallel) -> dict[str, Any]:
     if parallel == UNSPLIT:
         return {}
     sizes = {"tp_size": parallel.tp, "pp_size": parallel.pp, "ep_size": parallel.ep}
-    wanted = {name: size for name, size in sizes.items() if size > 1}
+    wanted: dict[str, Any] = {name: size for name, size in sizes.items() if size > 1}
     lacking = wanted.keys() - {f.name for f in dataclasses.fields(DistributedConfig)}
     if lacking:
         raise ConfigError(f"{parallel}: this transformers has no {lacking.pop()}", next_step="install a newer one")
@@ -318,14 +376,14 @@ def _impersonated(rank: int, size: int) -> Iterator[None]:
     if dist.is_initialized():
         raise HostError("this process already has a process group", next_step="derive layouts in a process of its own")
     # DTensor's caches know meshes by everything but the rank: an answer for one rank would be given for the next.
-    _clear_sharding_prop_cache()
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         with _environment("LOCAL_RANK", "0"):
             yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...model.catalog import Catalog, Parallel
 from ...tracing.probe.run import Probed, probe
@@ -20,7 +22,7 @@ from .quantized import kept
 class _Home(nn.Module):
     """Where the model goes that transformers makes while it loads."""
 
-    model: nn.Module
+    model: PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class _Slice:
     def get_dtype(self) -> str:
         return self.name
 
-    def __getitem__(self, index: object) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:  # noqa: ANN401 - torch's
         return self.tensor[index]
 
 
@@ -70,4 +72,4 @@ def probe_layout(
 
 def _tensors(home: nn.Module) -> dict[str, Tensor]:
     """None before there is a model."""
-    return parameters_of(home.model) if hasattr(home, "model") else {}
+    return parameters_of(home.model) if isinstance(home, _Home) and hasattr(home, "model") else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
@@ -15,7 +16,7 @@ from ...errors import LayoutError
 from ..checkpoint import ModelFiles
 
 
-class _Kept(FineGrainedFP8HfQuantizer):
+class _KeptQuantized(FineGrainedFP8HfQuantizer):
     """As on an accelerator that has kernels for FP8: elsewhere transformers computes BF16 weights while it loads."""
 
     def validate_environment(self, *_: object, **__: object) -> None:
@@ -28,7 +29,7 @@ def kept(keep: bool = True) -> Iterator[None]:
     this host can compute with. Not thread-safe."""
     before = {name: AUTO_QUANTIZER_MAPPING[name] for name in ("fp8", "mxfp8")}
     if keep:
-        AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(before, _Kept))
+        AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(before, _KeptQuantized))
     try:
         yield
     finally:
@@ -47,11 +48,10 @@ def quantizer_of(files: ModelFiles) -> HfQuantizer | None:
     method = method_of(files)
     if not method:
         return None
+    settings: Any = files.config["quantization_config"]
     try:
-        made: HfQuantizer = AutoHfQuantizer.from_config(
-            AutoQuantizationConfig.from_dict(dict(files.config["quantization_config"])), pre_quantized=True
-        )
-        made.validate_environment(device_map=None)
+        made: HfQuantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(dict(settings)), pre_quantized=True)
+        made.validate_environment(device_map=None)  # type: ignore[no-untyped-call]
     except (ImportError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise LayoutError(
             f"config.json: quantization_config: quantizer {method} can't be used here: {error}",

@@ -19,7 +19,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ...config import Config
 from ...errors import ConfigError, LayoutError
 from ...model.catalog import Parallel
-from ..worker import Identity, Launch, NotFollowed, Worker, free_given_up
+from ..checkpoint import found_or_downloaded
+from ..worker import Identity, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class PeerloadLoader(BaseModelLoader):
         try:
             self._identity = identity(vllm_config, self._config)
             self._identity.launch.require_coordinator(self._config)
-            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            model = self._from_peers(vllm_config, model_config, prefix)
         except NotFollowed as error:
             reason = error.message  # the error holds on to the model
         else:
@@ -75,17 +76,24 @@ class PeerloadLoader(BaseModelLoader):
         moe[:] = before[1]
         return self._disk.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
+    def _from_peers(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        """Built, loaded, post-processed, and as it should be."""
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        assert self._worker is not None, "load_model calls load_weights"
+        self._worker.settle(model)
+        return model
+
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         if self._identity is None:  # vLLM loads new weights into a model that is there
             self._disk.load_weights(model, model_config)
             return
         traced = False
 
-        def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
+        def checked_loader(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
             nonlocal traced
             if not traced:
                 refuse_unfollowable(model)
-            loaded = model.load_weights(weights)
+            loaded = model.load_weights(weights)  # type: ignore[operator]
             if not traced and model_config.quantization is None and loaded is not None:
                 self._disk.track_weights_loading(model, loaded)  # vLLM's own check that no parameter was forgotten
             traced = True
@@ -95,29 +103,26 @@ class PeerloadLoader(BaseModelLoader):
             self._identity,
             self._config,
             lambda: self._directory(model_config),
-            load_weights=load_weights,
+            engine_loader=checked_loader,
             known_as=model_config.model,
         )
-        atexit.register(self._worker.close)
+        atexit.register(self._worker.close)  # a loader hears nothing of its worker's end
         self._worker.load(model)
 
     def _directory(self, model_config: ModelConfig) -> Path:
-        """The checkpoint, downloaded if it has to be; where the configuration says which seeds to look for, it hasn't."""
-        directory = Path(model_config.model)
-        if directory.is_dir() or (self._config.model_name and self._config.revision):
-            return directory
-        return Path(self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0])
+        def download() -> str:
+            return self._disk._prepare_weights(model_config.model, None, model_config.revision, True, None)[0]
+
+        return found_or_downloaded(model_config.model, self._config, download)
 
 
 def identity(whole: VllmConfig, config: Config) -> Identity:
     """This worker among all that share its world. A collective call."""
-    group = get_world_group()
-    launch = Launch(*group.broadcast_object(Launch.now(config) if group.rank_in_group == 0 else None))
     sizes = whole.parallel_config
     tp, pp = sizes.tensor_parallel_size, sizes.pipeline_parallel_size
     ep = tp * sizes.data_parallel_size if sizes.enable_expert_parallel else 1
     parallel = Parallel(tp=tp, pp=pp, ep=ep)
-    return Identity(f"vllm {vllm.__version__}", launch, parallel, group.rank_in_group, group.world_size)
+    return Identity.agreed(f"vllm {vllm.__version__}", config, get_world_group(), parallel)
 
 
 def _moving(whole: VllmConfig) -> str:
@@ -133,19 +138,19 @@ def _moving(whole: VllmConfig) -> str:
 def _end_when_changed(model: nn.Module, worker: Worker) -> None:
     """Whoever loads other weights into `model` (reload, RLHF's weight transfer) calls its `load_weights`: the seed ends first.
     Who writes into parameters in another way calls `plugin.withdraw`."""
-    load_weights = model.load_weights
+    original = model.load_weights
 
     def withdraw() -> None:
         log.info("peerload: the weights are about to change: this rank is no seed any more")
         worker.close()
-        model.load_weights = load_weights
+        model.load_weights = original
         del model.peerload_withdraw
 
     def changed(*args: object, **kwargs: object) -> object:
         withdraw()
-        return load_weights(*args, **kwargs)
+        return original(*args, **kwargs)  # type: ignore[operator]
 
-    model.load_weights, model.peerload_withdraw = changed, withdraw
+    model.load_weights, model.peerload_withdraw = changed, withdraw  # type: ignore[assignment]
 
 
 def refuse_unfollowable(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 vLLM keeps its process groups in variables of one module. `rank_of` puts groups there that have a rank and a size and
 nothing else: a collective operation fails loudly. The model, its `load_weights` and its post-processing are vLLM's, unmodified.
-For vLLM 0.24.0 to 0.32.0.
+`..versions` says for which releases of vLLM.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _built_somehow(config: VllmConfig, device: str) -> nn.Module:
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
     """What vLLM does with a checkpoint's tensors, up to its post-processing."""
-    return model.load_weights(weights)
+    found: object = model.load_weights(weights)  # type: ignore[operator]
+    return found
 
 
 def postprocess(model: nn.Module, config: VllmConfig) -> None:

@@ -15,7 +15,7 @@ ROWS: Final = 1 << 15
 TILES: Final = 1 << 30
 
 
-class Rows(Protocol):
+class TableRows(Protocol):
     """What `peerload.native.tables` makes tables of."""
 
     @property
@@ -34,7 +34,7 @@ class Lane:
         self._table = Scratch(self)
         self.results: Final = Scratch(self)
 
-    def run(self, rows: Rows, launch: Callable[[int, int, int], None]) -> None:
+    def run(self, rows: TableRows, launch: Callable[[int, int, int], None]) -> None:
         """launch(table, rows, tiles) for one table after the other, until there are no more rows."""
         room = ROWS * rows.row_nbytes
         if self._host.size < room:

@@ -8,7 +8,7 @@
 `layout(deepseek_v3(), Parallel(tp=8, ep=8), rank)` is all most callers need.
 """
 
-from .families import Held, Quantization
+from .families import Quantization, Storing
 from .place import catalog, checkpoint, layout, layouts
 from .presets import (
     BF16,
@@ -25,7 +25,7 @@ from .presets import (
     tiny_llama,
     tiny_qwen3_moe,
 )
-from .vocabulary import WHOLE, Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Stack, Whole
+from .vocabulary import WHOLE, Blocks, Chunked, FirstRank, Heads, Model, Padded, Param, Part, Replicated, Split, Stack
 
 __all__ = [
     "BF16",
@@ -33,18 +33,18 @@ __all__ = [
     "TINY",
     "WHOLE",
     "Blocks",
-    "Cut",
+    "Chunked",
     "FirstRank",
     "Heads",
-    "Held",
     "Model",
     "Padded",
     "Param",
     "Part",
     "Quantization",
+    "Replicated",
     "Split",
     "Stack",
-    "Whole",
+    "Storing",
     "catalog",
     "checkpoint",
     "deepseek",

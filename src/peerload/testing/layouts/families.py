@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .vocabulary import WHOLE, Blocks, Cut, FirstRank, Heads, Model, Padded, Param, Part, Split, Stack, Whole
+from .vocabulary import WHOLE, Blocks, Chunked, FirstRank, Heads, Model, Padded, Param, Part, Replicated, Split, Stack
 
 #: bf16; FP8 with one scale per tensor, per output channel, or per block of 128 x 128 (`block` elements).
 Quantization = Literal["bf16", "fp8_tensor", "fp8_channel", "fp8_block"]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Storing:
     """How weights are stored, whatever the model: quantization, block edge, and the variants an engine may choose.
 
     transposed: quantized matrices lie [in, out] in memory. fused_experts: w13 and w2 of all local experts in one buffer
@@ -30,7 +30,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class Matrix:
     """One logical matrix `[rows, cols]` of a linear layer that may fuse several, stacked along their rows."""
 
     name: str
@@ -39,7 +39,7 @@ class Member:
     split: Split = WHOLE
 
 
-def linear(name: str, members: tuple[Member, ...], held: Held, experts: int = 0) -> tuple[Param, ...]:
+def linear(name: str, members: tuple[Matrix, ...], held: Storing, experts: int = 0) -> tuple[Param, ...]:
     """A linear layer's parameters: its weight, and the scales its quantization asks for."""
     form = held.quantization
 
@@ -60,7 +60,7 @@ def linear(name: str, members: tuple[Member, ...], held: Held, experts: int = 0)
         return weight, param(".weight_scale", "F32", [(m.rows, 1) for m in members], channels)
     if form == "fp8_block":
         scales: list[Split] = [
-            s if isinstance(s, Whole) else Blocks(s.axis, s, (m.rows, m.cols)[s.axis], held.block)
+            s if isinstance(s, Replicated) else Blocks(s.axis, s, (m.rows, m.cols)[s.axis], held.block)
             for s, m in zip(splits, members, strict=True)
         ]
         return weight, param(".weight_scale_inv", "F32", [(blocks(m.rows), blocks(m.cols)) for m in members], scales)
@@ -72,40 +72,40 @@ def alone(name: str, shape: tuple[int, ...], split: Split = WHOLE, dtype: str = 
     return Param(name, (Part(name, dtype, shape, split),))
 
 
-def mlp(prefix: str, hidden: int, inter: int, held: Held) -> tuple[Param, ...]:
+def mlp(prefix: str, hidden: int, inter: int, held: Storing) -> tuple[Param, ...]:
     """gate_up_proj (column parallel, fused) and down_proj (row parallel)."""
-    gate_up = (Member(f"{prefix}.gate_proj", inter, hidden, Cut(0)), Member(f"{prefix}.up_proj", inter, hidden, Cut(0)))
-    down = (Member(f"{prefix}.down_proj", hidden, inter, Cut(1)),)
+    gate_up = (Matrix(f"{prefix}.gate_proj", inter, hidden, Chunked(0)), Matrix(f"{prefix}.up_proj", inter, hidden, Chunked(0)))
+    down = (Matrix(f"{prefix}.down_proj", hidden, inter, Chunked(1)),)
     return *linear(f"{prefix}.gate_up_proj", gate_up, held), *linear(f"{prefix}.down_proj", down, held)
 
 
-def experts(prefix: str, count: int, hidden: int, inter: int, held: Held) -> tuple[Param, ...]:
+def experts(prefix: str, count: int, hidden: int, inter: int, held: Storing) -> tuple[Param, ...]:
     """w13 and w2 of routed experts; the checkpoint has a tensor per expert and matrix."""
     one = f"{prefix}.{{e}}"
     where = prefix if held.fused_experts else one
-    w13 = (Member(f"{one}.gate_proj", inter, hidden, Cut(0)), Member(f"{one}.up_proj", inter, hidden, Cut(0)))
-    w2 = (Member(f"{one}.down_proj", hidden, inter, Cut(1)),)
+    w13 = (Matrix(f"{one}.gate_proj", inter, hidden, Chunked(0)), Matrix(f"{one}.up_proj", inter, hidden, Chunked(0)))
+    w2 = (Matrix(f"{one}.down_proj", hidden, inter, Chunked(1)),)
     return *linear(f"{where}.w13", w13, held, count), *linear(f"{where}.w2", w2, held, count)
 
 
 def stacked_experts(prefix: str, count: int, hidden: int, inter: int) -> tuple[Param, ...]:
     """w13 and w2 whose checkpoint tensors are 3-D, gate and up fused in one: `[experts, 2 * inter, hidden]`."""
     name, shape = f"{prefix}.gate_up_proj", (2 * inter, hidden)
-    halves = tuple(Part(name, "BF16", shape, Cut(0), (k * inter, (k + 1) * inter)) for k in (0, 1))
-    w2 = Part(f"{prefix}.down_proj", "BF16", (hidden, inter), Cut(1))
+    halves = tuple(Part(name, "BF16", shape, Chunked(0), (k * inter, (k + 1) * inter)) for k in (0, 1))
+    w2 = Part(f"{prefix}.down_proj", "BF16", (hidden, inter), Chunked(1))
     return Param(f"{prefix}.w13", halves, count), Param(f"{prefix}.w2", (w2,), count)
 
 
 def grouped_query_attention(
-    hidden: int, heads: int, kv_heads: int, head: int, held: Held, *, bias: bool = False, norms: bool = False
+    hidden: int, heads: int, kv_heads: int, head: int, held: Storing, *, bias: bool = False, norms: bool = False
 ) -> tuple[Param, ...]:
     """Fused qkv_proj with key and value heads replicated where there are too few, and o_proj cut by heads."""
-    q, kv = Cut(0, head), Heads(0, kv_heads)
+    q, kv = Chunked(0, head), Heads(0, kv_heads)
     at, rows = "self_attn", {"q": heads * head, "k": kv_heads * head, "v": kv_heads * head}
     splits: dict[str, Split] = {"q": q, "k": kv, "v": kv}
-    members = tuple(Member(f"{at}.{x}_proj", rows[x], hidden, splits[x]) for x in rows)
+    members = tuple(Matrix(f"{at}.{x}_proj", rows[x], hidden, splits[x]) for x in rows)
     params = linear(f"{at}.qkv_proj", members, held)
-    params += linear(f"{at}.o_proj", (Member(f"{at}.o_proj", hidden, heads * head, Cut(1, head)),), held)
+    params += linear(f"{at}.o_proj", (Matrix(f"{at}.o_proj", hidden, heads * head, Chunked(1, head)),), held)
     if bias:
         params += (Param(f"{at}.qkv_proj.bias", tuple(Part(f"{at}.{x}_proj.bias", "BF16", (rows[x],), splits[x]) for x in rows)),)
         params += (alone(f"{at}.o_proj.bias", (hidden,), FirstRank()),)
@@ -115,14 +115,14 @@ def grouped_query_attention(
 
 
 def latent_attention(
-    hidden: int, heads: int, q_lora: int, kv_lora: int, nope: int, rope: int, value: int, held: Held
+    hidden: int, heads: int, q_lora: int, kv_lora: int, nope: int, rope: int, value: int, held: Storing
 ) -> tuple[Param, ...]:
     """DeepSeek's MLA: the down projections replicated and fused, the up projections and o_proj cut by heads."""
     at = "self_attn"
-    down = (Member(f"{at}.q_a_proj", q_lora, hidden), Member(f"{at}.kv_a_proj_with_mqa", kv_lora + rope, hidden))
-    q_up = Member(f"{at}.q_b_proj", heads * (nope + rope), q_lora, Cut(0, nope + rope))
-    kv_up = Member(f"{at}.kv_b_proj", heads * (nope + value), kv_lora, Cut(0, nope + value))
-    out = Member(f"{at}.o_proj", hidden, heads * value, Cut(1, value))
+    down = (Matrix(f"{at}.q_a_proj", q_lora, hidden), Matrix(f"{at}.kv_a_proj_with_mqa", kv_lora + rope, hidden))
+    q_up = Matrix(f"{at}.q_b_proj", heads * (nope + rope), q_lora, Chunked(0, nope + rope))
+    kv_up = Matrix(f"{at}.kv_b_proj", heads * (nope + value), kv_lora, Chunked(0, nope + value))
+    out = Matrix(f"{at}.o_proj", hidden, heads * value, Chunked(1, value))
     norms = alone(f"{at}.q_a_layernorm.weight", (q_lora,)), alone(f"{at}.kv_a_layernorm.weight", (kv_lora,))
     return (
         *linear(f"{at}.fused_qkv_a_proj", down, held),
@@ -131,7 +131,7 @@ def latent_attention(
     )
 
 
-def decoder(name: str, hidden: int, vocabulary: int, layers: tuple[Stack, ...], held: Held, *, tied: bool = False) -> Model:
+def decoder(name: str, hidden: int, vocabulary: int, layers: tuple[Stack, ...], held: Storing, *, tied: bool = False) -> Model:
     """Embedding, layers (each gets its two norms), final norm and head. A tied head stays in the catalog as an alias."""
     rows = Padded(0, held.vocabulary)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 
-from .families import Held, alone, decoder, experts, grouped_query_attention, latent_attention, mlp, stacked_experts
+from .families import Storing, alone, decoder, experts, grouped_query_attention, latent_attention, mlp, stacked_experts
 from .vocabulary import Model, Stack
 
-BF16 = Held()
-FP8_BLOCK = Held("fp8_block")
+BF16 = Storing()
+FP8_BLOCK = Storing("fp8_block")
 #: Tiny models cut scales into blocks of 4 and pad vocabularies to a multiple of 4 rows per rank.
-TINY = Held(block=4, vocabulary=4)
+TINY = Storing(block=4, vocabulary=4)
 
 
 @cache
 def llama(
-    held: Held = BF16,
+    held: Storing = BF16,
     *,
     name: str = "llama",
     hidden: int,
@@ -37,7 +37,7 @@ def llama(
 
 @cache
 def qwen3_moe(
-    held: Held = BF16,
+    held: Storing = BF16,
     *,
     name: str = "qwen3-moe",
     hidden: int,
@@ -63,7 +63,7 @@ def qwen3_moe(
 
 @cache
 def deepseek(
-    held: Held = FP8_BLOCK,
+    held: Storing = FP8_BLOCK,
     *,
     name: str = "deepseek",
     hidden: int,
@@ -94,14 +94,14 @@ def deepseek(
     return decoder(name, hidden, vocabulary, stacks, held)
 
 
-def llama_70b(held: Held = BF16) -> Model:
+def llama_70b(held: Storing = BF16) -> Model:
     """meta-llama/Llama-3.3-70B-Instruct."""
     return llama(
         held, name="llama-3.3-70b", hidden=8192, inter=28672, heads=64, kv_heads=8, head=128, layers=80, vocabulary=128256
     )
 
 
-def qwen3_235b(held: Held = FP8_BLOCK) -> Model:
+def qwen3_235b(held: Storing = FP8_BLOCK) -> Model:
     """Qwen/Qwen3-235B-A22B(-FP8). At TP8 an expert's 192 rows end inside a block of scales."""
     return qwen3_moe(
         held,
@@ -117,7 +117,7 @@ def qwen3_235b(held: Held = FP8_BLOCK) -> Model:
     )
 
 
-def deepseek_v3(held: Held = FP8_BLOCK) -> Model:
+def deepseek_v3(held: Storing = FP8_BLOCK) -> Model:
     """deepseek-ai/DeepSeek-V3."""
     return deepseek(
         held,
@@ -139,7 +139,7 @@ def deepseek_v3(held: Held = FP8_BLOCK) -> Model:
     )
 
 
-def kimi_k2(held: Held = FP8_BLOCK) -> Model:
+def kimi_k2(held: Storing = FP8_BLOCK) -> Model:
     """moonshotai/Kimi-K2-Instruct."""
     return deepseek(
         held,
@@ -161,7 +161,7 @@ def kimi_k2(held: Held = FP8_BLOCK) -> Model:
     )
 
 
-def tiny_llama(held: Held = TINY, *, kv_heads: int = 8, heads: int = 16, tied: bool = False, bias: bool = False) -> Model:
+def tiny_llama(held: Storing = TINY, *, kv_heads: int = 8, heads: int = 16, tied: bool = False, bias: bool = False) -> Model:
     """Two layers; 16 query heads of 2 unless said otherwise; 23 rows of vocabulary."""
     return llama(
         held,
@@ -178,7 +178,7 @@ def tiny_llama(held: Held = TINY, *, kv_heads: int = 8, heads: int = 16, tied: b
     )
 
 
-def tiny_qwen3_moe(held: Held = TINY, *, stacked: bool = False) -> Model:
+def tiny_qwen3_moe(held: Storing = TINY, *, stacked: bool = False) -> Model:
     """Three layers of 8 experts, 2 key and value heads."""
     return qwen3_moe(
         held,
@@ -195,7 +195,7 @@ def tiny_qwen3_moe(held: Held = TINY, *, stacked: bool = False) -> Model:
     )
 
 
-def tiny_deepseek(held: Held = TINY) -> Model:
+def tiny_deepseek(held: Storing = TINY) -> Model:
     """Four layers, the first dense; 12 experts, 1 shared; 16 heads."""
     return deepseek(
         held,

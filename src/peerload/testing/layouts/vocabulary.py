@@ -35,18 +35,18 @@ class Split(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Whole(Split):
+class Replicated(Split):
     """Replicated."""
 
     def range(self, extent: int, rank: int, size: int) -> tuple[int, int]:  # noqa: ARG002 - one signature for all splits
         return 0, extent
 
 
-WHOLE = Whole()
+WHOLE = Replicated()
 
 
 @dataclass(frozen=True, slots=True)
-class Cut(Split):
+class Chunked(Split):
     """Column parallel (axis 0) or row parallel (axis 1): chunks of whole units (a head's rows, for instance)."""
 
     unit: int = 1

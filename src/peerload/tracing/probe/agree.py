@@ -33,7 +33,7 @@ def agree(layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]] 
     depend on others.
     Tensors that the probe has and the layout lacks must hold nothing of the checkpoint, or share another one's memory.
     """
-    claims = _Claims.of(layout, probed, covers)
+    claims = _Expected.of(layout, probed, covers)
     differences = []
     for buffer, name in enumerate(layout.buffer_names):
         seen = probed.buffers.get(name)
@@ -51,7 +51,7 @@ def agree(layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]] 
 
 
 @dataclass(frozen=True, eq=False)
-class _Claims:
+class _Expected:
     """A layout's pieces and constants by buffer, its tensors as rows of the probe's catalog: COMPUTED for the others. group: the
     probe's that has all that such a tensor is computed from, by logical name."""
 
@@ -63,7 +63,7 @@ class _Claims:
     group: Mapping[str, int]
 
     @classmethod
-    def of(cls, layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]]) -> _Claims:
+    def of(cls, layout: Layout, probed: Probed, covers: Mapping[str, Collection[str]]) -> _Expected:
         known, catalog = probed.catalog.row, layout.catalog
         rows, cast = np.full(len(catalog), COMPUTED, np.int64), set()
         for i, name in enumerate(catalog.names):

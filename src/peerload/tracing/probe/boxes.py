@@ -8,7 +8,6 @@ Pure: NumPy only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -55,19 +54,6 @@ def strided_boxes(element: IntArray, at: IntArray, shape: tuple[int, ...]) -> li
     order = np.argsort(at, kind="stable")
     rows = zip(first[order].tolist(), size[order].tolist(), at[order].tolist(), step[order].tolist(), strict=True)
     return [Strided(tuple(a), tuple(n), int(p), tuple(s)) for a, n, p, s in rows]
-
-
-def strided_runs(at: IntArray) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-    """Ascending positions as (first, (rows, columns), (row step, 1)): equal runs at equal distances are rows of one block."""
-    if not len(at):
-        return
-    begins = np.concatenate([[0], np.flatnonzero(np.diff(at) != 1) + 1])
-    length = np.diff(np.append(begins, len(at)))
-    start = at[begins]
-    head, count = _fold(np.diff(length) == 0, np.diff(start))
-    for row, rows in zip(head.tolist(), count.tolist(), strict=True):
-        step = int(start[row + 1] - start[row]) if rows > 1 else 0
-        yield int(start[row]), (rows, int(length[row])), (step, 1)
 
 
 def _occurrence(element: IntArray) -> IntArray:

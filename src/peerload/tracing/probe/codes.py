@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...model.boxes import BoolArray, IntArray
 from ...model.catalog import ITEMSIZE, Catalog
-from ..recorder import DTYPES
+from ..dtypes import DTYPES
 
 #: Bit patterns of elements, or of units of fewer bits, as unsigned numbers.
 Patterns: TypeAlias = npt.NDArray[np.uint64]

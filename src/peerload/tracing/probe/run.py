@@ -32,7 +32,7 @@ from ...errors import ConfigError, LayoutError
 from ...model.boxes import BoolArray, IntArray
 from ...model.catalog import Catalog
 from ..blame import told
-from ..recorder import DTYPE_NAMES, DTYPES
+from ..dtypes import DTYPE_NAMES, DTYPES
 from .codes import (
     RANDOM_PASSES,
     Code,
@@ -165,8 +165,7 @@ def probe(
     digits = digit_passes(int(numbering.start[-1]), codes)
     last, every = digits + RANDOM_PASSES - 1, frozenset(catalog.names)
     held = [*([every] * (last + 1)), *groups]
-    seen: list[dict[str, _Read]] = []
-    left: list[dict[str, _Read]] = []
+    seen, left = list[dict[str, _Pass]](), list[dict[str, _Pass]]()
     made: dict[str, Patterns] = {}
     for turn, own in enumerate(held):
         number, model = min(turn, last), build()
@@ -239,7 +238,7 @@ def _form(seen: Seen) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Read:
+class _Pass:
     """One tensor after one pass: patterns in memory order."""
 
     dtype: torch.dtype
@@ -249,7 +248,7 @@ class _Read:
     patterns: Patterns
     shares: str
 
-    def alike(self, other: _Read | None) -> bool:
+    def alike(self, other: _Pass | None) -> bool:
         return other is not None and (self.dtype, self.shape, self.stride) == (other.dtype, other.shape, other.stride)
 
 
@@ -260,8 +259,8 @@ def _plain(tensor: Tensor) -> Tensor:
         return local.detach().as_subclass(Tensor)
 
 
-def _read(tensors: Mapping[str, Tensor]) -> dict[str, _Read]:
-    found: dict[str, _Read] = {}
+def _read(tensors: Mapping[str, Tensor]) -> dict[str, _Pass]:
+    found: dict[str, _Pass] = {}
     spans: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, one past the last, name
     for name, tensor in tensors.items():
         plain = _plain(tensor)
@@ -272,7 +271,7 @@ def _read(tensors: Mapping[str, Tensor]) -> dict[str, _Read]:
         shares = next((other for a, b, other in known if a <= first and last <= b), "") if extent else ""
         if extent and not shares:
             known.append((first, last, name))
-        found[name] = _Read(plain.dtype, tuple(plain.shape), tuple(plain.stride()), offset, patterns_of(flat), shares)
+        found[name] = _Pass(plain.dtype, tuple(plain.shape), tuple(plain.stride()), offset, patterns_of(flat), shares)
     return found
 
 
@@ -345,7 +344,7 @@ class _Decoder:
         keys = ["" if n.bits and is_integer(d) else d for d in n.catalog.dtypes]
         return np.array(["?" if row in n.fixed else key for row, key in enumerate(keys)])
 
-    def seen(self, passes: list[_Read | None], made: Patterns | None, left: list[_Read | None]) -> Seen:
+    def seen(self, passes: list[_Pass | None], made: Patterns | None, left: list[_Pass | None]) -> Seen:
         """One tensor. made: what the constructor left there, of a parameter; left: what lay there before each load, of others.
         There may be more passes than loads in `left`: those of groups."""
         passes, more = passes[: len(left)], passes[len(left) :]

@@ -1,0 +1,115 @@
+"""Weights that a seed's post-processing has requantized, and targets whose own does the same, nothing, or something else."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peerload.config import Config
+from peerload.coordinator.server import serve
+from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
+from peerload.errors import VerifyError
+from peerload.model.catalog import Parallel
+
+NAMES = ("q", "k", "v")
+ROWS, COLUMNS = 16, 32
+
+
+class Fused(nn.Module):
+    """Three matrices in one parameter, each with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Module()
+        self.layer.weight = nn.Parameter(torch.zeros(3 * ROWS, COLUMNS).to(torch.float8_e4m3fn), requires_grad=False)
+        self.layer.weight_scale = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            base, _, kind = name.partition(".")
+            row = NAMES.index(base)
+            if kind == "weight":
+                self.layer.weight.data[row * ROWS : (row + 1) * ROWS].copy_(tensor)
+            else:
+                self.layer.weight_scale.data[row].copy_(tensor)
+
+
+def requantize(model: Fused, share: float = 1.0) -> None:
+    """As vLLM does: all three with the largest scale, or with `share` of it."""
+    weight, scale = model.layer.weight.data, model.layer.weight_scale.data
+    largest = scale.max() * share
+    for row in range(3):
+        part = weight[row * ROWS : (row + 1) * ROWS]
+        values = (part.half() * scale[row]).float() * (1.0 / largest)
+        part.copy_(values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn))
+    model.layer.weight_scale = nn.Parameter(largest, requires_grad=False)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serve("127.0.0.1:0") as coordinator:
+        yield coordinator.address
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory, random = tmp_path_factory.mktemp("fused"), torch.Generator().manual_seed(1)
+    tensors = {f"{n}.weight": (torch.randn(ROWS, COLUMNS, generator=random) * 50).to(torch.float8_e4m3fn) for n in NAMES}
+    tensors |= {f"{n}.weight_scale": torch.tensor(0.01 * (i + 1)) for i, n in enumerate(NAMES)}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def worker(checkpoint: Path, url: str, **config: object) -> Worker:
+    launch = Launch(uuid.uuid4().hex[:8], uuid.uuid4().hex)
+    told = Config.from_mapping({"url": url, "transport": "local", "retain_bytes": 0, "deadline_s": 30.0, **config})
+    who = Identity("toy 1.0", launch, Parallel(), 0, 1)
+    return Worker(who, told, lambda: checkpoint, engine_loader=lambda model, weights: model.load_weights(weights))  # type: ignore[operator]
+
+
+@pytest.fixture
+def seed(checkpoint: Path, url: str) -> Iterator[Fused]:
+    with ExitStack() as stack:
+        model, own = Fused(), worker(checkpoint, url)
+        stack.callback(own.close)
+        own.load(model)
+        requantize(model)
+        own.settle(model)
+        assert own.serve(model) is not None
+        yield model
+
+
+def test_what_a_seed_has_requantized_is_requantized_to_the_same(checkpoint: Path, url: str, seed: Fused) -> None:
+    model, target = Fused(), worker(checkpoint, url, fallback="fail", source=False)
+    receipt = target.load(model)
+    assert {name.partition("/")[0] for name in receipt.sources}.isdisjoint({f"disk:{checkpoint.name}"})
+    assert len(set(model.layer.weight_scale.tolist())) == 1
+    requantize(model)
+    target.settle(model)
+    assert torch.equal(model.layer.weight.view(torch.uint8), seed.layer.weight.view(torch.uint8))
+    assert torch.equal(model.layer.weight_scale, seed.layer.weight_scale)
+
+
+@pytest.mark.parametrize(
+    ("process", "problem"),
+    [(lambda model: requantize(model, 1.25), "has not made"), (lambda _: None, "has left layer.weight_scale alone")],
+    ids=["another scale", "nothing"],
+)
+def test_other_post_processing_is_found_out(
+    checkpoint: Path, url: str, seed: Fused, process: Callable[[Fused], None], problem: str
+) -> None:
+    for fallback, kind in (("fail", VerifyError), ("disk", NotFollowed)):
+        model, target = Fused(), worker(checkpoint, url, fallback=fallback)
+        target.load(model)
+        process(model)
+        with pytest.raises(kind, match=problem):
+            target.settle(model)
+        assert target.serve(model) is None
