@@ -21,20 +21,21 @@ class Kernels:
     def __init__(self, device: Device) -> None:
         module = device.load(compiled(*device.capability))
         self._copy, self._digest = (module.kernel(name) for name in ("peerload_copy", "peerload_digest"))
-        # Blocks that keep it busy; they take tiles by turns. With more, what is read at a time lies further apart than the GPU
-        # has address translations for where memory is another process's.
-        self._room = 4 * device.multiprocessors
+        self._multiprocessors = device.multiprocessors
 
-    def copy(self, stream: Stream, table: int, rows: int, tiles: int) -> None:
-        self._launch(stream, self._copy, table, rows, tiles)
+    def copy(self, stream: Stream, table: int, rows: int, tiles: int, *, strided: bool) -> None:
+        # With more blocks, what is read at a time lies further apart than the GPU has address translations for, where memory is
+        # another process's; strided copies reach twice as far.
+        self._launch(stream, self._copy, 2 if strided else 4, table, rows, tiles)
 
     def digest(self, stream: Stream, sums: int, table: int, rows: int, tiles: int) -> None:
-        self._launch(stream, self._digest, table, rows, tiles, sums)
+        self._launch(stream, self._digest, 4, table, rows, tiles, sums)
 
-    def _launch(self, stream: Stream, kernel: object, table: int, rows: int, tiles: int, *out: int) -> None:
+    def _launch(self, stream: Stream, kernel: object, room: int, table: int, rows: int, tiles: int, *out: int) -> None:
+        """With at most `room` blocks to a multiprocessor; they take tiles by turns."""
         parameters: list[Parameter] = [(table, ctypes.c_void_p), (rows, ctypes.c_uint32), (tiles, ctypes.c_uint32)]
         parameters += [(o, ctypes.c_void_p) for o in out]
-        stream.launch(kernel, min(self._room, -(-tiles // WARPS)), THREADS, parameters)
+        stream.launch(kernel, min(room * self._multiprocessors, -(-tiles // WARPS)), THREADS, parameters)
 
 
 def source() -> str:

@@ -93,7 +93,8 @@ class Mover:
             if len(long):
                 part = part.take(np.setdiff1d(np.arange(len(part)), long))
             if len(part):
-                lane.run(CopyRows(part), partial(self._kernels().copy, lane.stream))
+                strided = bool((part.count[0] > 1).any())  # judged by the first: a wrong guess costs speed only
+                lane.run(CopyRows(part), partial(self._kernels().copy, lane.stream, strided=strided))
         lane.stream.wait(deadline, doing)
 
     def digest(self, lane: Lane, boxes: DigestRows, slots: int) -> IntArray:
