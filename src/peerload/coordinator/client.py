@@ -342,7 +342,7 @@ class CoordinatorClient:
         return _decided(reply, key)
 
     def abort(self, group: str, number: int, rank: int, size: int, reason: str, deadline: Deadline | None = None) -> None:
-        """Say no, so that every rank that waits in `agree` raises CommitError with this reason."""
+        """Say no, so that every rank that waits in `agree` raises CommitError with this reason. Tries until `deadline`."""
         request = _vote(Round(group, number), rank, size, 0.0, self._epochs.get(group, ""))
         request.abort = reason[:_MAX_REASON]
         self._agree(request, self._deadline(deadline), "aborting")

@@ -19,6 +19,8 @@ ON_CPU = {
     "OMP_NUM_THREADS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
+#: On a GPU, without compiling kernels ahead that these few tokens don't need: that takes minutes.
+ON_GPU = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_DEEP_GEMM_WARMUP": "skip"}
 #: Of `LLM`: as little as a test needs.
 SMALL = {
     "dtype": "bfloat16",
@@ -50,7 +52,7 @@ class Vllm(EngineProcess):
         arguments = {**SMALL, "model": str(model), "tensor_parallel_size": tp, **arguments}
         if config is not None:
             arguments |= {"load_format": "peerload", "model_loader_extra_config": config}
-        environment = {**os.environ, **ENVIRONMENT, **({} if gpu else ON_CPU)}
+        environment = {**os.environ, **ENVIRONMENT, **(ON_GPU if gpu else ON_CPU)}
         if not gpu and not packed:
             environment["KEEP_WEIGHTS"] = "1"
         super().__init__(Path(__file__).parent, arguments, python=python, environment=environment, log=log)
