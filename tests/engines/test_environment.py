@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import entry_points, packages_distributions
 from pathlib import Path
 from typing import Final
 
@@ -49,3 +49,12 @@ def test_installing_peerload_changes_nothing_else() -> None:
     said = pip("install", "--dry-run", "-qq", "--no-build-isolation", "--report", "-", ROOT)
     report = json.loads(said[said.index("{") :])
     assert [package["metadata"]["name"] for package in report["install"]] == ["peerload"]
+
+
+def test_what_the_engines_look_for_is_there() -> None:
+    """The entry points as installed name modules that exist, each in its engine's environment."""
+    engine = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
+    for name, group in engine.items():
+        (point,) = entry_points(group=group, name="peerload")
+        if name in packages_distributions():
+            assert callable(point.load())

@@ -122,14 +122,6 @@ class Arena:
         self._used = begin + nbytes
         return self.address + begin
 
-    def shrink(self) -> None:
-        """Give back what was never allocated; nothing can be allocated afterwards. Raises HostError once sealed."""
-        self._capacity = _up(self._used, mmap.PAGESIZE)
-        try:
-            os.ftruncate(self._fd, self._capacity)
-        except OSError as error:
-            raise HostError(f"the arena can't shrink: {error.strerror}", next_step="shrink it before it is registered") from error
-
     def seal(self) -> None:
         """Fix the size for ever, which peers insist on: a mapping that shrinks under its reader would kill the reader."""
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

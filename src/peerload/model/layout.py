@@ -135,31 +135,28 @@ class Layout:
 
     def prove_disjoint(self) -> None:
         """Raise ManifestError unless no byte of any buffer belongs to two written pieces or constants."""
-        if not self._disjoint:
-            base = np.cumsum(self.buffer_nbytes) - self.buffer_nbytes  # buffers side by side, so that one check serves all
-            rows, p, width = self.written, self.pieces, self.catalog.width
-            spans = [
-                (
-                    base[p.buffer[rows]] + p.offset[rows],
-                    (p.stop - p.start)[rows],
-                    p.stride[rows],
-                    self.catalog.itemsize[p.tensor[rows]],
-                )
-            ]
-            depth = max([width, *(len(c.shape) for c in self.constants)])
-            for c in self.constants:
-                shape, steps = np.array([c.shape], np.int64), np.array([c.strides], np.int64)
-                spans.append((base[[c.buffer]] + c.offset, shape, steps, np.array([len(c.fill)], np.int64)))
-            offset, itemsize = (np.concatenate([s[i] for s in spans]) for i in (0, 3))
-            shape = np.concatenate([pad_left(s[1], depth, 1) for s in spans])
-            stride = np.concatenate([pad_left(s[2], depth, 0) for s in spans])
-            clash = disjoint_bytes(offset, shape, stride, itemsize)
-            if clash is not None:
-                names = [self.describe(int(rows[i])) if i < len(rows) else "a constant" for i in clash]
-                raise ManifestError("layout.pieces", f"{names[0]} and {names[1]} share a byte of one buffer")
-            self.__dict__["_disjoint"] = True
+        if self._clash is not None:
+            raise ManifestError("layout.pieces", "{} and {} share a byte of one buffer".format(*self._clash))
 
-    _disjoint = False
+    @cached_property
+    def _clash(self) -> tuple[str, str] | None:
+        """Two pieces or constants that share a byte, in words."""
+        base = np.cumsum(self.buffer_nbytes) - self.buffer_nbytes  # buffers side by side, so that one check serves all
+        rows, p, width = self.written, self.pieces, self.catalog.width
+        at, itemsize = base[p.buffer[rows]] + p.offset[rows], self.catalog.itemsize[p.tensor[rows]]
+        spans = [(at, (p.stop - p.start)[rows], p.stride[rows], itemsize)]
+        depth = max([width, *(len(c.shape) for c in self.constants)])
+        for c in self.constants:
+            shape, steps = np.array([c.shape], np.int64), np.array([c.strides], np.int64)
+            spans.append((base[[c.buffer]] + c.offset, shape, steps, np.array([len(c.fill)], np.int64)))
+        offset, itemsize = (np.concatenate([s[i] for s in spans]) for i in (0, 3))
+        shape = np.concatenate([pad_left(s[1], depth, 1) for s in spans])
+        stride = np.concatenate([pad_left(s[2], depth, 0) for s in spans])
+        clash = disjoint_bytes(offset, shape, stride, itemsize)
+        if clash is None:
+            return None
+        first, second = (self.describe(int(rows[i])) if i < len(rows) else "a constant" for i in clash)
+        return first, second
 
     def prove_cover(self) -> None:
         """Raise ManifestError unless every byte of every buffer is a written piece's or a constant's."""
