@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peerload.config import Config
 from peerload.coordinator.server import serve
+from peerload.engines.recipes import RECIPES
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
 from peerload.errors import VerifyError
 from peerload.model.catalog import Parallel
@@ -39,6 +42,17 @@ class Fused(nn.Module):
                 self.layer.weight.data[row * ROWS : (row + 1) * ROWS].copy_(tensor)
             else:
                 self.layer.weight_scale.data[row].copy_(tensor)
+
+
+class Absorbing(Fused):
+    """Its loader computes a tensor out of weights, outside of parameters."""
+
+    def absorb(self) -> None:
+        self.absorbed = self.layer.weight.data.float() * self.layer.weight_scale.data.repeat_interleave(ROWS)[:, None]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load_weights(weights)
+        self.absorb()
 
 
 def requantize(model: Fused, share: float = 1.0) -> None:
@@ -68,11 +82,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def worker(checkpoint: Path, url: str, **config: object) -> Worker:
+def worker(checkpoint: Path, url: str, *, finish: Callable[[nn.Module], object] | None = None, **config: object) -> Worker:
     launch = Launch(uuid.uuid4().hex[:8], uuid.uuid4().hex)
     told = Config.from_mapping({"url": url, "transport": "local", "retain_bytes": 0, "deadline_s": 30.0, **config})
     who = Identity("toy 1.0", launch, Parallel(), 0, 1)
-    return Worker(who, told, lambda: checkpoint, engine_loader=lambda model, weights: model.load_weights(weights))  # type: ignore[operator]
+
+    def load(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
+        return model.load_weights(weights)  # type: ignore[operator]
+
+    return Worker(who, told, lambda: checkpoint, engine_loader=load, finish=finish, recipes=RECIPES)
 
 
 @pytest.fixture
@@ -113,3 +131,28 @@ def test_other_post_processing_is_found_out(
         with pytest.raises(kind, match=problem):
             target.settle(model)
         assert target.serve(model) is None
+
+
+def test_what_the_loader_computes_it_computes_of_the_checkpoints_weights(checkpoint: Path, url: str, seed: Fused) -> None:
+    """Not of those that post-processing has made: the seed has no others, so they come from disk."""
+    model, stock = Absorbing(), Absorbing()
+    target = worker(checkpoint, url, source=False, finish=lambda model: model.absorb())
+    target.load(model)
+    with safe_open(checkpoint / "model.safetensors", "pt") as stored:
+        stock.load_weights((name, stored.get_tensor(name)) for name in stored.keys())  # noqa: SIM118 - not a mapping
+    assert torch.equal(model.absorbed, stock.absorbed)
+    assert torch.equal(model.layer.weight.view(torch.uint8), stock.layer.weight.view(torch.uint8))
+
+
+def test_what_seeds_have_given_up_is_not_waited_for(checkpoint: Path, url: str) -> None:
+    """Post-processing that no recipe knows has rewritten the weights."""
+    with ExitStack() as stack:
+        model, own = Fused(), worker(checkpoint, url, retain_bytes=1 << 10)
+        stack.callback(own.close)
+        own.load(model)
+        model.layer.weight.data.zero_()
+        own.settle(model)
+        assert own.serve(model) is not None
+        begun_s = time.monotonic()
+        worker(checkpoint, url, source=False, wait_s=25.0).load(Fused())
+        assert time.monotonic() - begun_s < 15

@@ -71,14 +71,14 @@ class _Section(NamedTuple):
 class Loaded:
     """The buffers of `layout` at `address`, as the engine's loader would have left them. Keeps no tensor of the model alive.
 
-    before: [pieces] digests; recipes: what post-processing may make of some pieces, by row: names and digests of R, one or
-    several; copies: clones of some buffers, by row, as bytes."""
+    before: [pieces] digests; recipes: what each of them may make of some pieces, by group: names and digests of R by row; copies:
+    clones of some buffers, by row, as bytes."""
 
     layout: Layout
     address: IntArray
     space: Space
     before: DigestArray
-    recipes: list[tuple[dict[int, str], dict[int, int]]] = field(default_factory=list)
+    recipes: list[list[tuple[Mapping[int, str], dict[int, int]]]] = field(default_factory=list)
     copies: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -97,13 +97,16 @@ class Loaded:
         tensors = [traced.tensors[name] for name in traced.layout.buffer_names]
         address = np.array([t.data_ptr() for t in tensors], np.int64)
         space = space_on(device_of(tensors))
-        layout = choice.layout
+        layout = replace(choice.layout, ignored={**choice.layout.ignored, **choice.replaced})
         loaded = cls(layout, address, space, digest_layout(space, layout, address, threads=threads))
-        for group in choice.others:
-            result = renamed(traced.layout, names_of([group]))
-            pair = tensors[group.weight], tensors[group.scale]
-            found = group.digests(result, *pair, space, staging_nbytes=staging_nbytes, threads=threads)
-            loaded.recipes.append((dict(group.rewritten), found))
+        for recipe in {group.recipe: None for group in choice.others}:
+            groups = [group for group in choice.others if group.recipe is recipe]
+            result, made = renamed(traced.layout, names_of(groups)), []  # a layout costs too much to have one for each group
+            for group in groups:
+                pair = tensors[group.weight], tensors[group.scale]
+                found = group.digests(result, *pair, space, staging_nbytes=staging_nbytes, threads=threads)
+                made.append((group.rewritten, found))
+            loaded.recipes.append(made)
         always = {group.scale for group in choice.groups if not group.recipe.changes_scales}
         left = retain_nbytes
         for row in np.argsort(traced.layout.buffer_nbytes, kind="stable").tolist():
@@ -130,8 +133,11 @@ class Loaded:
         made_of = np.zeros(len(self.layout.pieces), np.uint64)
         names: dict[int, str] = {}
         both: dict[int, str] = {}
-        for rewritten, made in self.recipes:
-            if not changed & made.keys():
+        for groups in self.recipes:
+            touched = [group for group in groups if changed & group[1].keys()]
+            rewritten = {row: name for names_, _ in touched for row, name in names_.items()}
+            made = {row: digest for _, digests in touched for row, digest in digests.items()}
+            if not made:
                 continue
             rows = np.array(sorted(made), np.int64)
             wanted = np.zeros(len(self.layout.pieces), np.uint64)

@@ -77,13 +77,11 @@ class _Units(NamedTuple):
 
 
 class BlockScales:
-    """Scales of blocks of 128 x 128 become powers of two (UE8M0), and weights follow. `through`: what the weights are
-    dequantized to on the way: float32 in vLLM (`requant_weight_ue8m0_inplace`), bfloat16 in SGLang."""
+    """Scales of blocks of 128 x 128 become powers of two (UE8M0), and weights follow, through float32 as in vLLM
+    (`requant_weight_ue8m0_inplace`)."""
 
+    name = "UE8M0 blocks"
     changes_scales = True
-
-    def __init__(self, name: str, through: torch.dtype) -> None:
-        self.name, self._through = name, through
 
     def units(self, layout: Layout, weight: Placement, scale: Placement, sizes: tuple[torch.Size, torch.Size]) -> _Units | None:
         """Every piece begins and ends where a block does, and its scales lie where it lies."""
@@ -117,7 +115,7 @@ class BlockScales:
     def apply(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """[m, rows, columns] and [m, blocks down, blocks across]; rows begin with a block."""
         rows, columns = weight.shape[1:]
-        values = (weight.float() * _spread(scale, rows, columns)).to(self._through)
+        values = weight.float() * _spread(scale, rows, columns)
         largest = _largest(values).clamp(_LEAST)
         made = torch.pow(2.0, torch.ceil(torch.log2(largest / _MOST)))
         return (values * _spread(1.0 / made, rows, columns)).to(weight.dtype), made
@@ -177,11 +175,8 @@ class OneScale:
         return scale.amax(dim=-1, keepdim=True).expand_as(scale)
 
 
-RECIPES: Final[tuple[Recipe, ...]] = (
-    BlockScales("UE8M0 blocks", torch.float32),
-    BlockScales("UE8M0 blocks through BF16", torch.bfloat16),
-    OneScale(),
-)
+#: Those of vLLM.
+RECIPES: Final[tuple[Recipe, ...]] = (BlockScales(), OneScale())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,13 +212,11 @@ class Rewritable:
             values, scales = self.recipe.apply(chunk.weight, chunk.scale)
             if self.recipe.changes_scales:
                 _of(made, weight.ndim)[chunk.matrices, chunk.blocks] = scales
-            _wait(values)
             add(*self._digest(layout, chunk, values, space, threads))
         if self.recipe.changes_scales:
             rows = np.flatnonzero(layout.pieces.buffer == self.scale)
             address = np.zeros(len(layout.buffer_names), np.int64)
             address[self.scale] = made.data_ptr()
-            _wait(made)
             add(rows, digest_layout(space, layout, address, rows=rows, threads=threads))
         rows = np.array(sorted(self.rewritten), np.int64)
         return dict(zip(rows.tolist(), fold(low[rows], high[rows]).tolist(), strict=True))
@@ -283,9 +276,9 @@ class _Chunk(NamedTuple):
     scale: Tensor
 
 
-def groups_of(traced: Traced) -> list[Rewritable]:
-    """What recipes may rewrite, going by dtypes, shapes, alignment, and the names of scales, which begin with their weight's. Two
-    recipes may name the same weight. A weight that is cut inside a block has none."""
+def groups_of(traced: Traced, recipes: Sequence[Recipe]) -> list[Rewritable]:
+    """What these recipes may rewrite, going by dtypes, shapes, alignment, and the names of scales, which begin with their
+    weight's. Two recipes may name the same weight. A weight that is cut inside a block has none."""
     layout, found = traced.layout, []
     siblings: dict[str, list[int]] = {}
     for row, name in enumerate(layout.buffer_names):
@@ -306,7 +299,7 @@ def groups_of(traced: Traced) -> list[Rewritable]:
                 second = part(s, tensors[s])
                 if first is None or second is None:
                     continue
-                for recipe in RECIPES:
+                for recipe in recipes:
                     units = recipe.units(layout, first, second, (tensors[w].shape, tensors[s].shape))
                     if units is not None:
                         found.append(_group(layout, recipe, (w, s), first, second, units))
@@ -398,10 +391,16 @@ class Taking:
         names = frozenset(left)
         return replace(self, taken=[g for g in self.taken if not g.names & names])
 
-    def arrived(self, digests: Mapping[int, int]) -> dict[int, int]:
-        """Of digests by piece, measured when the bytes arrived, those of pieces that are named now as they were then."""
-        gone = names_of(self.groups).keys() - names_of(self.taken).keys()
+    def arrived(self, digests: Mapping[int, int], left: Iterable[str]) -> dict[int, int]:
+        """Of digests by piece, measured when the bytes arrived, those that still count: the engine has filled the groups of
+        `left` itself."""
+        gone = names_of(self.taken).keys() - names_of(self.without(left).taken).keys()
         return {row: digest for row, digest in digests.items() if row not in gone}
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """What has not come as the checkpoint has it, with the reason."""
+        return {name: f"came as post-processing leaves it: {g.recipe.name}" for g in self.taken for name in g.covers}
 
     @property
     def others(self) -> list[Rewritable]:
@@ -416,10 +415,11 @@ class Taking:
             g.prepare(self.traced.tensors[names[g.weight]], self.traced.tensors[names[g.scale]], staging_nbytes)
 
 
-def suffices(groups: Iterable[Rewritable], held: frozenset[str]) -> bool:
-    """Do seeds hold every group, as the checkpoint has it or as a recipe makes it?"""
+def suffices(groups: Iterable[Rewritable], held: frozenset[str], gone: frozenset[str]) -> bool:
+    """Do seeds hold every group, as the checkpoint has it or as a recipe makes it, or have they given it up?"""
     groups = list(groups)
-    return {g.weight for g in groups} == {g.weight for g in groups if g.names <= held or held.issuperset(g.covers)}
+    there = {g.weight for g in groups if g.names <= held or (held | gone).issuperset(g.covers)}
+    return {g.weight for g in groups} == there
 
 
 def _belongs(scale: TensorSpec, weight: TensorSpec) -> bool:
@@ -442,9 +442,3 @@ def _largest(values: Tensor) -> Tensor:
     whole = torch.zeros((m, down * BLOCK, across * BLOCK), dtype=torch.float32, device=values.device)
     whole[:, :rows, :columns] = values.float().abs()
     return whole.view(m, down, BLOCK, across, BLOCK).amax(dim=(2, 4))
-
-
-def _wait(tensor: Tensor) -> None:
-    """Until the device has computed what was asked of it."""
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()

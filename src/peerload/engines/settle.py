@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..coordinator.client import CoordinatorClient
 from ..deadline import Deadline
-from ..errors import CommitError, DeadlineExceeded
+from ..errors import CommitError, CoordinatorError, DeadlineExceeded
 from ..integrity.digest import DigestArray
 from ..memory.space import Space, digest_layout, space_on
 from ..model.boxes import IntArray
@@ -122,10 +122,16 @@ class Unsettled:
 
 
 def held_by_seeds(
-    client: CoordinatorClient, key: ModelKey, groups: Sequence[Rewritable], waiting: Deadline, deadline: Deadline
+    client: CoordinatorClient,
+    key: ModelKey,
+    groups: Sequence[Rewritable],
+    waiting: Deadline,
+    deadline: Deadline,
+    *,
+    proven: bool,
 ) -> dict[str, frozenset[str]]:
-    """Names of the logical tensors that seeds hold parts of, by seed; waits until they hold all of `groups`, at most while
-    `waiting` lasts."""
+    """Names of the logical tensors that seeds hold parts of, by seed; waits until they hold all of `groups` that they ever
+    will, at most while `waiting` lasts. proven: seeds whose digests are missing or unknown don't count."""
 
     def names(offers: Sequence[Offer]) -> dict[str, frozenset[str]]:
         """Ranks of one layout share it."""
@@ -134,12 +140,15 @@ def held_by_seeds(
             if id(layout) not in known:
                 rows = np.unique(layout.pieces.tensor).tolist()
                 known[id(layout)] = frozenset(layout.catalog.names[row] for row in rows)
-        return {f"{o.source} {o.source.generation}": known[id(o.layout)] for o in offers}
+        usable = (o for o in offers if o.binding.digests is not None or not proven)
+        return {f"{o.source} {o.source.generation}": known[id(o.layout)] for o in usable}
 
     def enough(offers: Sequence[Offer]) -> bool:
-        return suffices(groups, frozenset().union(*names(offers).values()))
+        held = names(offers)
+        gone = (frozenset(o.layout.ignored) for o in offers)  # what they have given up isn't waited for
+        return bool(held) and suffices(groups, frozenset().union(*held.values()), frozenset().union(*gone))
 
     if waiting.remaining_s > 0:
-        with suppress(DeadlineExceeded):  # what nobody has by then comes from elsewhere
+        with suppress(DeadlineExceeded, CoordinatorError):  # what nobody has by then comes from elsewhere
             return names(client.wait_for(key, deadline.within(waiting.remaining_s), enough))
     return names(client.discover(key, deadline))

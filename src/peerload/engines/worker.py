@@ -49,7 +49,7 @@ from ..tracing.coverage import require_covered
 from ..tracing.trace import Traced, trace_loader
 from .checkpoint import Checkpoint, ModelFiles
 from .intact import Loaded, device_of
-from .recipes import Taking, groups_of
+from .recipes import Recipe, Taking, groups_of
 from .settle import Said, Unsettled, held_by_seeds
 from .versions import warn_unless_tested
 
@@ -136,7 +136,7 @@ class Worker:
     directory: finds the checkpoint, and may download it; if that fails on one rank, all ranks hear of it. known_as: what the
     engine calls the model, a name or a path. engine_loader: the model's own loader, as the engine calls it. finish: what the
     engine computes out of loaded parameters while it loads (absorbed MLA weights), to be run again when the bytes are there;
-    None if it has no such step."""
+    None if it has no such step. recipes: what its post-processing may do to weights."""
 
     def __init__(
         self,
@@ -147,8 +147,10 @@ class Worker:
         engine_loader: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], object],
         finish: Callable[[nn.Module], object] | None = None,
         known_as: str = "",
+        recipes: Sequence[Recipe] = (),
     ) -> None:
         self._identity, self._config, self._find, self._known_as = identity, config, directory, known_as
+        self._recipes = recipes
         self._engine_loader, self._finish = engine_loader, finish
         self._stack = ExitStack()
         self._loaded: tuple[ModelKey, Loaded] | None = None
@@ -171,7 +173,7 @@ class Worker:
         try:
             yield
         except Exception as error:
-            self._loaded = self._unsettled = None
+            self._loaded, self._unsettled, self._settles = None, None, False
             if self._config.fallback != "disk":
                 raise
             if not isinstance(error, PeerloadError):
@@ -189,8 +191,10 @@ class Worker:
                 key, catalog, checkpoint = self._source(client, deadline)
                 said.key = str(key)
                 traced = self._trace(model, catalog)
-                groups = groups_of(traced)
-                held = held_by_seeds(client, key, groups, waiting, deadline) if groups else {}
+                # What the loader computes out of weights, it must not compute out of those that a recipe has made.
+                groups = [] if traced.hidden else groups_of(traced, self._recipes)
+                proven = self._config.verifies
+                held = held_by_seeds(client, key, groups, waiting, deadline, proven=proven) if groups else {}
                 said.seeds = frozenset(held) if groups else None
             with self._together(client, "choose", deadline) as choosing:
                 choice = Taking.of(traced, groups, frozenset().union(*(held.get(seed, ()) for seed in said.seeds or ())))
@@ -200,7 +204,7 @@ class Worker:
             self._settles = choosing.recipes
             receipt = load(job)
         self._report(receipt)
-        digests = choice.without(receipt.left).arrived(receipt.digests)
+        digests = choice.arrived(receipt.digests, receipt.left)
         if self._loaded is not None:
             self._loaded[1].prove(digests)
         if self._unsettled is not None:
@@ -219,9 +223,18 @@ class Worker:
             if said.problem:
                 raise VerifyError(
                     f"{self._identity.instance}, {said.problem}",
-                    next_step="the seed's kernels are others: allow fallback=disk, or load from a seed with the same kernels",
+                    next_step="allow fallback=disk, or load from a seed that runs the same kernels",
                 )
         self._say("what came in post-processed form is as the seeds have it, on all ranks")
+
+    def give_up(self, error: BaseException) -> None:
+        """The engine's post-processing has failed here: ranks that wait in `settle` hear of it."""
+        if not self._settles:
+            return
+        self._settles, who = False, self._identity
+        with CoordinatorClient(self._config.url) as client:
+            deadline = Deadline.after(self._config.deadline_s)
+            Group(f"{who.member.group}/settle", who.rank, who.size, client, deadline).abort(error)
 
     def serve(self, model: nn.Module) -> Seed | None:
         """Offer what the engine's post-processing has left of what was loaded, until `close`. None if that isn't wanted, there

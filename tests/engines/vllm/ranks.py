@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peerload.config import Config
+from peerload.engines.recipes import RECIPES
 from peerload.engines.vllm import offline as engine
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
 from peerload.model.catalog import Parallel
@@ -113,7 +114,7 @@ def _loaded(directory: Path, identity: Identity, config: Config | None) -> tuple
         reason = ""
         if config is not None:
             model = engine.build(vllm, "cpu")
-            worker = Worker(identity, config, lambda: directory, engine_loader=engine.load_weights)
+            worker = Worker(identity, config, lambda: directory, engine_loader=engine.load_weights, recipes=RECIPES)
             try:
                 receipt = worker.load(model)
                 engine.postprocess(model, vllm)

@@ -78,7 +78,6 @@ class Loader(DefaultModelLoader):
         )
         worker.load(model)
         self.postprocess_weights(model, target_device)
-        worker.settle(model)
         worker.serve(model)
         self._worker = worker
 

@@ -20,6 +20,7 @@ from ...config import Config
 from ...errors import ConfigError, LayoutError
 from ...model.catalog import Parallel
 from ..checkpoint import found_or_downloaded
+from ..recipes import RECIPES
 from ..worker import Identity, NotFollowed, Worker, free_given_up
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,12 @@ class PeerloadLoader(BaseModelLoader):
 
     def _from_peers(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         """Built, loaded, post-processed, and as it should be."""
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        try:
+            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        except BaseException as error:
+            if self._worker is not None:
+                self._worker.give_up(error)
+            raise
         assert self._worker is not None, "load_model calls load_weights"
         self._worker.settle(model)
         return model
@@ -105,6 +111,7 @@ class PeerloadLoader(BaseModelLoader):
             lambda: self._directory(model_config),
             engine_loader=checked_loader,
             known_as=model_config.model,
+            recipes=RECIPES,
         )
         atexit.register(self._worker.close)  # a loader hears nothing of its worker's end
         self._worker.load(model)
