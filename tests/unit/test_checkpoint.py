@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
 from peerload.deadline import Deadline  # noqa: E402
 from peerload.engines.checkpoint import Checkpoint, ModelFiles, name_of  # noqa: E402
 from peerload.engines.transformers.architecture import catalog_of, config_of  # noqa: E402
-from peerload.engines.transformers.open import layout_for  # noqa: E402
+from peerload.engines.transformers.open import layout_for, whole_layout  # noqa: E402
 from peerload.errors import ConfigError, HostError, LayoutError, ManifestError  # noqa: E402
 from peerload.memory.region import Region  # noqa: E402
 from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec  # noqa: E402
@@ -308,6 +310,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(directory: Path) -> N
         layout_for(directory, Parallel(2), 0, changed(shape=(95,)))
     extra = Catalog.of([*catalog, TensorSpec("visual.weight", "BF16", (4,))])
     assert layout_for(directory, Parallel(2), 0, extra).ignored == {"visual.weight": "unknown to LlamaForCausalLM"}
+
+
+class Keeping(LlamaForCausalLM):
+    """Keeps a value, as one may for a heuristic."""
+
+    def eval(self) -> Self:
+        self.first = self.model.norm.weight[0].item()
+        return super().eval()
+
+
+class Doubling(LlamaForCausalLM):
+    """Keeps a tensor of its own, computed out of weights."""
+
+    def eval(self) -> Self:
+        self.doubled = self.model.norm.weight.data * 2
+        return super().eval()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Keeping, "keeps the value"), (Doubling, "outside of its parameters")])
+def test_what_a_model_keeps_outside_its_parameters_is_refused(directory: Path, kind: type[LlamaForCausalLM], reason: str) -> None:
+    """Its values are not there while the layout is found out."""
+    with pytest.raises(LayoutError, match=reason):
+        whole_layout(ModelFiles.of(directory), Checkpoint.open(directory).catalog, kind)
 
 
 def test_a_process_group_is_left_alone(directory: Path) -> None:

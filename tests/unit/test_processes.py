@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from peerload.testing.processes import TAIL_LINES, Child, ChildDied, close_all, hear_all, orders
+from peerload.testing.processes import TAIL_LINES, Child, ChildDied, close_all, hear_all, orders, wait_for_end
 
 ECHO = f"{__name__}:echo"
 
@@ -133,3 +134,48 @@ def test_an_error_of_the_block_says_what_the_child_printed() -> None:
     (note,) = caught.value.__notes__
     assert note.startswith("the echo printed:\n")
     assert note.endswith("it had to fail")
+
+
+def test_the_grace_of_several_runs_at_the_same_time() -> None:
+    children = [Child(f"{__name__}:stubborn", grace_s=2.0) for _ in range(3)]
+    hear_all(children)
+    begun_s = time.monotonic()
+    close_all(children)
+    assert time.monotonic() - begun_s < 5
+
+
+def test_children_that_end_while_they_are_closed_are_closed() -> None:
+    for _ in range(40):
+        children = [Child(ECHO) for _ in range(4)]
+        hear_all(children)
+        close_all(children)
+        assert not any(child.is_alive for child in children)
+
+
+def parent(link: Connection) -> None:
+    """Starts a process that outlives it."""
+    link.send(subprocess.Popen(["sleep", "600"]).pid)
+    wait_for_end(link)
+
+
+def test_what_a_killed_child_has_started_ends_with_the_block() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    with Child(f"{__name__}:parent", python=sys.executable, environment=environment) as child:
+        started = child.hear()
+        child_only = os.pidfd_open(child.pid)
+        signal.pidfd_send_signal(child_only, signal.SIGKILL)
+        os.close(child_only)
+        with pytest.raises(ChildDied):
+            child.hear()
+    until_s = time.monotonic() + 5
+    while Path(f"/proc/{started}/stat").exists() and time.monotonic() < until_s:
+        if Path(f"/proc/{started}/stat").read_text().split()[2] == "Z":  # nobody has reaped it yet
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{started}").exists()
+
+
+def test_a_child_that_never_gets_to_its_log_is_said_to_have_died(tmp_path: Path) -> None:
+    with Child("no_such_module:main", log=tmp_path / "child.log") as child, pytest.raises(ChildDied):
+        child.hear()

@@ -21,8 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,6 +64,7 @@ class Child:
         log: a file for everything the child prints; a temporary one if not given. grace_s: how long a polite end may take."""
         self.name, self._grace_s = name or main, grace_s
         self._log, self._keeps_log = (log, True) if log else (_temporary_log(), False)
+        self._log.write_bytes(b"")  # there is something to read, whenever the child dies
         self._link, theirs = Pipe()
         with theirs:
             if python:
@@ -75,9 +77,11 @@ class Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, ChildDied) and (tail := self.tail()):
-            error.add_note(f"{self.name} printed:\n{tail}")
-        self.close()
+        try:
+            if error is not None and not isinstance(error, ChildDied) and (tail := self.tail()):
+                error.add_note(f"{self.name} printed:\n{tail}")
+        finally:
+            self.close()
 
     @property
     def pid(self) -> int:
@@ -143,15 +147,15 @@ class Child:
             self._process.signal(signal.SIGKILL)
             self._process.wait(None)
 
-    def close(self) -> None:
-        """Ask it to end, wait for that, then kill it. May be called again."""
+    def close(self, grace_s: float | None = None) -> None:
+        """Ask it to end, wait for that, then kill it. May be called again. grace_s: another than its own."""
         if self._link.closed:
             return
         if self.is_alive:
             self.go_on()
             with suppress(OSError):
                 self._link.send(END)
-            self._process.wait(self._grace_s)
+            self._process.wait(self._grace_s if grace_s is None else grace_s)
             self.kill()
         self._link.close()
         self._process.close()
@@ -164,8 +168,10 @@ def close_all(children: Sequence[Child]) -> None:
     for child in children:
         with suppress(OSError):  # one that died or was closed
             child.tell(END)
-    for child in children:
-        child.close()
+    until_s = time.monotonic() + max((child._grace_s for child in children), default=0.0)
+    with ExitStack() as stack:  # all are closed, whatever one of them raises
+        for child in reversed(children):
+            stack.callback(lambda child: child.close(max(0.0, until_s - time.monotonic())), child)
 
 
 def speaking(children: Sequence[Child], timeout_s: float) -> list[Child]:
@@ -222,7 +228,8 @@ class _Forked:
         return self._process.exitcode
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # its server has reaped it already
+            os.kill(self.pid, number)
 
     def close(self) -> None:
         self._process.close()
@@ -252,9 +259,11 @@ class _Executed:
             return None
 
     def signal(self, number: int) -> None:
-        os.killpg(self.pid, number)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
     def close(self) -> None:
+        self.signal(signal.SIGKILL)  # those it has started may live on
         os.close(self.sentinel)
 
 

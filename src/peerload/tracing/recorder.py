@@ -12,6 +12,7 @@ The sources stand for the checkpoint's tensors: meta tensors. The model's tensor
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -84,7 +85,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.refusals.append(error)
         return error
 
-    def kept_item(self) -> Item | None:
+    def require_followed(self) -> None:
+        """Raise LayoutError for what it has refused, also if the engine caught that, and for a value that the engine keeps."""
+        if self.refusals:
+            raise self.refusals[0]
+        if self._kept_item() is not None:
+            gc.collect()
+            kept = self._kept_item()
+            if kept is not None:
+                raise self.refuse("item()", [kept.source], "the engine keeps the value")
+
+    def _kept_item(self) -> Item | None:
         """One of the values that the engine asked for and still holds."""
         return next((item for item in (reference() for reference in self._functions.items) if item is not None), None)
 

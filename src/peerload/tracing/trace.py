@@ -113,13 +113,7 @@ def _run(
         if recorder.refusals:
             raise recorder.refusals[0] from error
         raise _failed(recorder, reading, error) from error
-    if recorder.refusals:  # the engine caught it
-        raise recorder.refusals[0]
-    if recorder.kept_item() is not None:
-        gc.collect()
-        kept = recorder.kept_item()
-        if kept is not None:
-            raise recorder.refuse("item()", [kept.source], "the engine keeps the value")
+    recorder.require_followed()
 
 
 def _failed(recorder: Recorder, reading: str, error: Exception) -> LayoutError:

@@ -33,6 +33,7 @@ from ...model.catalog import Catalog, Parallel, TensorSpec
 from ...model.layout import Layout
 from ...tracing.described import Describer
 from ...tracing.dtypes import DTYPES
+from ...tracing.reachable import reachable_tensors
 from ...tracing.recorder import Recorder
 from ...tracing.storages import view_of
 from ...tracing.trace import uncollected
@@ -241,8 +242,11 @@ def _load(
         raise LayoutError(problem, next_step=next_step) from error
     model: PreTrainedModel = loaded[0]
     report: Mapping[str, Sequence[str]] = loaded[1]
-    if recorder.refusals:  # transformers caught it
-        raise _blamed(recorder.refusals[0], files)
+    try:
+        recorder.require_followed()
+        _require_known(recorder, model)
+    except LayoutError as refusal:
+        raise _blamed(refusal, files) from refusal
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     local = {n: t for n, t in parameters_of(model).items() if n in trained or recorder.loaded(t)}
     reason = f"unknown to {kind.__name__}"
@@ -250,6 +254,17 @@ def _load(
     return _described(
         recorder, model, local, Describer(recorder.storages, catalog, parallel, rank, kind.__name__), ignored, files
     )
+
+
+def _require_known(recorder: Recorder, model: PreTrainedModel) -> None:
+    """Raise LayoutError for a tensor of checkpoint values that is neither a parameter nor a buffer."""
+    known = {t.untyped_storage()._cdata for t in parameters_of(model).values()}
+    for path, tensor in reachable_tensors(model).items():
+        if tensor.untyped_storage()._cdata not in known and recorder.storages.loaded(tensor):
+            raise LayoutError(
+                f"{path}: {type(model).__name__} makes it of checkpoint tensors while it loads, outside of its parameters",
+                next_step="let the engine load this model itself",
+            )
 
 
 def _described(
