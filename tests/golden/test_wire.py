@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 
 from peerload.coordinator import codec
 from peerload.coordinator._generated import peerload_pb2 as pb
+from peerload.engines.settle import Said
 from peerload.integrity.claims import Measured
 from peerload.integrity.digest import digest_boxes
 from peerload.job.exchange import Judgement
@@ -197,7 +198,10 @@ ROWS: dict[str, Row] = {
         )
     ),
     "calls": (
-        [f"{SERVICE.full_name}/{m.name} {m.input_type.name} {m.output_type.name}" for m in SERVICE.methods],
+        [
+            f"{SERVICE.full_name}/{m.name} {m.input_type.name} {'stream ' * m.server_streaming}{m.output_type.name}"
+            for m in SERVICE.methods
+        ],
         lambda calls: "\n".join(calls).encode(),
         lambda data: data.decode().split("\n"),
     ),
@@ -208,6 +212,7 @@ ROWS: dict[str, Row] = {
         Judgement.encode,
         lambda data: Judgement.decode(data, [0, 3]),
     ),
+    "said": (Said("org/model@abc", frozenset({"a/rank 0 g"}), True, "why"), Said.encode, Said.decode),
     # What processes say of their memory.
     **{f"description {name}": described(description) for name, description in DESCRIPTIONS.items()},
     "fence": (GENERATION, fence, bytes.hex),

@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 from peerload.deadline import Deadline  # noqa: E402
 from peerload.engines.checkpoint import Checkpoint, ModelFiles, name_of  # noqa: E402
 from peerload.engines.transformers.architecture import catalog_of, config_of  # noqa: E402
-from peerload.engines.transformers.open import layout_for, whole_layout  # noqa: E402
+from peerload.engines.transformers.open import layout_for, open_model, stock_model, whole_layout  # noqa: E402
 from peerload.errors import ConfigError, HostError, LayoutError, ManifestError  # noqa: E402
 from peerload.memory.region import Region  # noqa: E402
 from peerload.model.catalog import Catalog, ModelKey, Parallel, TensorSpec  # noqa: E402
@@ -333,6 +333,17 @@ def test_what_a_model_keeps_outside_its_parameters_is_refused(directory: Path, k
     """Its values are not there while the layout is found out."""
     with pytest.raises(LayoutError, match=reason):
         whole_layout(ModelFiles.of(directory), Checkpoint.open(directory).catalog, kind)
+
+
+def test_names_that_should_be_tied_and_differ_are_not_tied(directory: Path, tmp_path: Path) -> None:
+    """As after transformers' own load, which compares their values."""
+    for file in directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    opened = open_model(tmp_path, Checkpoint.open(tmp_path).catalog)
+    assert opened.model.all_tied_weights_keys == stock_model(tmp_path).all_tied_weights_keys == {}
 
 
 def test_a_process_group_is_left_alone(directory: Path) -> None:

@@ -165,7 +165,7 @@ class Engine:
         self, parallel: Parallel, rank: int, *, processed: bool, bits: int | None = None, groups: Sequence[frozenset[str]] = ()
     ) -> Probed:
         """By loading coded values into the engine's real model, which must fit into memory. bits: of packed numbers, to follow
-        these one by one. groups: as in `layout.probe`. Never cached."""
+        these one by one. groups: as in `tracing.probe.run.probe`. Never cached."""
         with redirect_stdout(sys.stderr):
             if self.name == "transformers":
                 found: Probed = self._module("probe").probe_layout(self.files, parallel, rank, self.catalog, bits=bits)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -43,13 +44,18 @@ class Said:
         seeds = None if self.seeds is None else sorted(self.seeds)
         return json.dumps([self.key, seeds, self.recipes, self.problem]).encode()
 
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Raises ValueError, TypeError or RecursionError for what no rank has encoded."""
+        key, seeds, recipes, problem = json.loads(data)
+        return cls(str(key), None if seeds is None else frozenset(map(str, seeds)), bool(recipes), str(problem))
+
     def join(self, heard: Sequence[bytes]) -> None:
         """heard: what each rank has encoded. Raises CommitError for different models, and for what no rank has encoded."""
         first = self.problem = ""
         for rank, data in enumerate(heard):
             try:
-                key, seeds, recipes, problem = json.loads(data)
-                other = Said(str(key), None if seeds is None else frozenset(map(str, seeds)), bool(recipes), str(problem))
+                other = Said.decode(data)
             except (ValueError, TypeError, RecursionError) as error:
                 raise CommitError(
                     f"rank {rank} sent what makes no sense: {error}",

@@ -201,7 +201,7 @@ def probe_layout(
     arguments: Mapping[str, object] = MappingProxyType({}),
 ) -> Probed:
     """What `rank` of an instance really has after loading coded values and, if `processed`, after SGLang's post-processing: for
-    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `layout.probe`;
+    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `tracing.probe.run.probe`;
     otherwise like `trace_layout`."""
     with _opened(model, catalog) as (directory, tensors), rank_of(directory, parallel, rank, arguments) as config:
         return probe(

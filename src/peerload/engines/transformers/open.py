@@ -293,6 +293,9 @@ def _described(
                 files,
             )
     held, names = describer.layout(ignored), list(groups.values())
+    tied = {name for group in names if len(group) > 1 for name in group}
+    for name in model.all_tied_weights_keys.keys() & local.keys() - tied:  # the checkpoint has different values for the two
+        del model.all_tied_weights_keys[name]
     stored = as_stored(held, {name: logical[name][0] for name in describer.derived})
     return _EngineLoad(model, with_aliases(held, names), with_aliases(stored, names), local, names)
 

@@ -50,7 +50,7 @@ def probe_layout(
     model: ModelFiles | str | Path, parallel: Parallel, rank: int, catalog: Catalog, *, bits: int | None = None
 ) -> Probed:
     """What rank `rank` of `parallel` holds, by loading coded values. transformers has no post-processing on a CPU, so this is
-    the final layout too. bits: as in `layout.probe`. Not thread-safe. Raises as `transformers.layout_for` does."""
+    the final layout too. bits: as in `tracing.probe.run.probe`. Not thread-safe. Raises as `transformers.layout_for` does."""
     files = ModelFiles.of(model)
     kind = class_of(config_of(files))
 

@@ -104,7 +104,7 @@ def probe_layout(
     platform: str = "auto",
 ) -> Probed:
     """What `rank` of an instance really has after loading coded values and, if `processed`, after vLLM's post-processing: for
-    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `layout.probe`; otherwise like
+    small models, which are loaded several times. For `fixed`, `bits` and `groups` see `tracing.probe.run.probe`; otherwise like
     `trace_layout`."""
     tensors = _catalog(model) if catalog is None else catalog
 
