@@ -206,7 +206,7 @@ class Loaded:
         address[list(memory)] = [m.data_ptr() for m in memory.values()]
         rows = rows[np.isin(layout.pieces.buffer[rows], list(memory))]
         now = digest_layout(self.space, layout, address, rows=rows, threads=threads)
-        return rows[now == wanted[rows]]
+        return rows[np.equal(now, wanted[rows])]
 
 
 def device_of(tensors: list[Tensor]) -> str:
@@ -241,11 +241,11 @@ class Spans:
         storage = self._storages[begin]
         if address + nbytes > begin + storage.nbytes():
             return None
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, address - begin, (nbytes,))
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, address - begin, (nbytes,), (1,))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor, in order of address."""
     storage = tensor.untyped_storage()
     begin = tensor.data_ptr() - storage.data_ptr()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (tensor.nbytes,))
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (tensor.nbytes,), (1,))
