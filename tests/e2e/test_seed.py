@@ -41,12 +41,6 @@ CONFIG = Config(transport="local", fallback="fail", deadline_s=20.0, threads=1)
 
 
 @pytest.fixture
-def coordinator() -> Iterator[Coordinator]:
-    with serve("127.0.0.1:0") as running:
-        yield running
-
-
-@pytest.fixture
 def client(coordinator: Coordinator) -> Iterator[CoordinatorClient]:
     with CoordinatorClient(coordinator.address, timeout_s=3.0) as running:
         yield running
