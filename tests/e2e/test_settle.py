@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from peerload.config import Config
 from peerload.coordinator.server import serve
 from peerload.engines.recipes import RECIPES
 from peerload.engines.worker import Identity, Launch, NotFollowed, Worker
-from peerload.errors import VerifyError
+from peerload.errors import CommitError, VerifyError
 from peerload.model.catalog import Parallel
 
 NAMES = ("q", "k", "v")
@@ -82,15 +83,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def worker(checkpoint: Path, url: str, *, finish: Callable[[nn.Module], object] | None = None, **config: object) -> Worker:
-    launch = Launch(uuid.uuid4().hex[:8], uuid.uuid4().hex)
+def worker(
+    checkpoint: Path,
+    url: str,
+    *,
+    finish: Callable[[nn.Module], object] | None = None,
+    who: tuple[Launch, int, int] | None = None,
+    **config: object,
+) -> Worker:
+    launch, rank, size = who or (Launch(uuid.uuid4().hex[:8], uuid.uuid4().hex), 0, 1)
     told = Config.from_mapping({"url": url, "transport": "local", "retain_bytes": 0, "deadline_s": 30.0, **config})
-    who = Identity("toy 1.0", launch, Parallel(), 0, 1)
+    identity = Identity("toy 1.0", launch, Parallel(tp=size), rank, size)
 
     def load(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> object:
         return model.load_weights(weights)  # type: ignore[operator]
 
-    return Worker(who, told, lambda: checkpoint, engine_loader=load, finish=finish, recipes=RECIPES)
+    return Worker(identity, told, lambda: checkpoint, engine_loader=load, finish=finish, recipes=RECIPES)
 
 
 @pytest.fixture
@@ -156,3 +164,14 @@ def test_what_seeds_have_given_up_is_not_waited_for(checkpoint: Path, url: str) 
         begun_s = time.monotonic()
         worker(checkpoint, url, source=False, wait_s=25.0).load(Fused())
         assert time.monotonic() - begun_s < 15
+
+
+def test_a_rank_that_fails_in_post_processing_tells_the_others(checkpoint: Path, url: str, seed: Fused) -> None:
+    launch, models = Launch(uuid.uuid4().hex[:8], uuid.uuid4().hex), (Fused(), Fused())
+    ranks = [worker(checkpoint, url, who=(launch, rank, 2), fallback="fail", source=False, deadline_s=120.0) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda own, model: own.load(model), ranks, models))
+        waiting = pool.submit(ranks[0].settle, models[0])
+        ranks[1].give_up(RuntimeError("out of memory"))
+        with pytest.raises(CommitError, match="rank 1 aborted: RuntimeError: out of memory"):
+            waiting.result(timeout=30)
